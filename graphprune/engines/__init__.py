@@ -1,0 +1,1 @@
+"""The engines: each module here wraps one inference engine behind `graphprune.engines.base.Engine`."""

@@ -1,0 +1,169 @@
+"""The problem that agents solve: sites, options, exact cost tables, and a counted, stored evaluation.
+
+Everything here is numpy: an agent sees patterns only as indices, features and masks, never a torch module or ONNX.
+A *choice vector* holds one option index per site; option 0 of every site is "dense".
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphprune.plan import Choice, Plan
+from graphprune.record import Record
+
+Choices = tuple[int, ...]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that may be done at a site.
+
+    `error` is the relative error this option alone causes (0 for dense; the sum over affected layers of the exact
+    least-squares error, as a share of each layer's output energy). `gain` is dense time / time of the site's layers.
+    """
+
+    pattern: str
+    level: str
+    keep: tuple[int, ...]
+    kept_share: float
+    error: float
+    gain: float
+    geometry: tuple[int, ...] = ()
+    """For kernels: the kept positions of the kernel as bits, resampled to 3x3; otherwise empty."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A site as agents see it: its options (option 0 is dense) and the node of the graph it belongs to."""
+
+    site: str
+    kind: str
+    node: int
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A term of a sum over choice vectors: `table[choices[i] for i in sites]`."""
+
+    sites: tuple[int, ...]
+    table: Floats
+
+    def __call__(self, choices: Sequence[int]) -> float:
+        return float(self.table[tuple(choices[site] for site in self.sites)])
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A function of a choice vector: a constant plus factors."""
+
+    constant: float
+    factors: tuple[Factor, ...]
+
+    def __call__(self, choices: Sequence[int]) -> float:
+        return self.constant + sum(factor(choices) for factor in self.factors)
+
+
+@dataclass(frozen=True)
+class GraphView:
+    """The model graph as arrays: features [nodes, F], edges [2, E] and edge types [E] (0 data flow, 1 coupling)."""
+
+    features: NDArray[np.float32]
+    edges: NDArray[np.int64]
+    edge_types: NDArray[np.int64]
+
+
+class BudgetSpent(Exception):  # noqa: N818
+    """Raised by `Problem.evaluate` once all trials are used; an agent lets it pass."""
+
+
+@dataclass
+class Problem:
+    """What an agent is given.
+
+    `costs` holds, for each part of the target, the predicted share of the dense model as a `Sum`; a choice vector is
+    feasible when each cost is at most its `limits` entry. `error` predicts the total error of a choice vector.
+    `evaluator` judges a choice vector for real; it is called at most once for each distinct vector.
+    """
+
+    decisions: tuple[Decision, ...]
+    graph: GraphView
+    costs: Mapping[str, Sum]
+    limits: Mapping[str, float]
+    error: Sum
+    evaluator: Callable[[Choices], Record]
+    trials: int
+    model: str = ""
+    records: list[Record] = field(default_factory=list)
+    _seen: dict[Choices, Record] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> Choices:
+        """The choice vector that cuts nothing."""
+        return (0,) * len(self.decisions)
+
+    @property
+    def remaining(self) -> int:
+        """How many evaluations are left."""
+        return self.trials - len(self.records)
+
+    def overrun(self, choices: Sequence[int]) -> float:
+        """The largest predicted cost divided by its limit: at most 1 where the target is met."""
+        return max(self.costs[name](choices) / limit for name, limit in self.limits.items())
+
+    def feasible(self, choices: Sequence[int]) -> bool:
+        """Whether the target is met, by prediction."""
+        return self.overrun(choices) <= 1.0
+
+    @cached_property
+    def cheapest(self) -> Choices:
+        """At each site the option that costs least, the other sites dense (the largest overrun decides)."""
+        return tuple(
+            min(range(len(decision.options)), key=lambda option, site=site: self.overrun(self._only(site, option)))
+            for site, decision in enumerate(self.decisions)
+        )
+
+    def _only(self, site: int, option: int) -> Choices:
+        return self.dense[:site] + (option,) + self.dense[site + 1 :]
+
+    def mask(self, prefix: Sequence[int]) -> NDArray[np.bool_]:
+        """Which options of site `len(prefix)` leave the target reachable: the action wall.
+
+        An option passes if the target holds once every later site takes its cheapest option. Where none passes,
+        only the cheapest option is left, so that a mask is never empty.
+        """
+        site = len(prefix)
+        rest = self.cheapest[site + 1 :]
+        passes = [self.feasible((*prefix, option, *rest)) for option in range(len(self.decisions[site].options))]
+        if not any(passes):
+            passes[self.cheapest[site]] = True
+        return np.array(passes, dtype=np.bool_)
+
+    def plan(self, choices: Sequence[int]) -> Plan:
+        """The plan of a choice vector."""
+        return Plan(
+            self.model,
+            tuple(
+                Choice(decision.site, option.pattern, option.level, option.keep)
+                for decision, index in zip(self.decisions, choices, strict=True)
+                if index and (option := decision.options[index])
+            ),
+        )
+
+    def evaluate(self, choices: Sequence[int]) -> Record:
+        """Judge a choice vector. Every call counts as a trial, repeats too; raises BudgetSpent when none is left."""
+        if self.remaining <= 0:
+            raise BudgetSpent
+        vector = tuple(int(index) for index in choices)
+        if vector not in self._seen:
+            self._seen[vector] = self.evaluator(vector)
+        self.records.append(self._seen[vector])
+        return self.records[-1]
+
+    def best(self) -> Record | None:
+        """The best record so far: feasible and accurate; None before the first evaluation."""
+        return max(self.records, key=lambda record: record.rank, default=None)

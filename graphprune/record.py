@@ -1,0 +1,64 @@
+"""One evaluated plan, as it is stored: what was predicted, what was measured, or why it failed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from graphprune.plan import Plan
+
+
+@dataclass(frozen=True)
+class Share:
+    """A candidate's time as a share of the dense model's: below 1 is faster. 95 % interval and raw samples in seconds."""
+
+    value: float
+    low: float
+    high: float
+    dense: tuple[float, ...]
+    candidate: tuple[float, ...]
+    engine: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one plan.
+
+    `accuracy` is the task's metric on the validation slice, in [0, 1]; `predicted` are shares of the dense model
+    (latency, flops, params); `measured` is there when the plan was exported and run; `flops` (multiply-adds x 2) and
+    `params` are counted on the pruned model. A candidate that failed has `error` and no accuracy.
+    """
+
+    plan: Plan
+    accuracy: float | None = None
+    feasible: bool = False
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    measured: Share | None = None
+    flops: int = 0
+    params: int = 0
+    error: str | None = None
+    agent: str = ""
+    seed: int = 0
+    seconds: float = 0.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Larger is better: feasible records first, then by accuracy; failures come last."""
+        return (self.feasible and self.error is None, self.accuracy if self.accuracy is not None else -1.0)
+
+    def to_json(self) -> str:
+        """The record as JSON text, the plan included."""
+        body = asdict(self)
+        body["plan"] = json.loads(self.plan.to_json())
+        return json.dumps(body, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read a record back."""
+        body: dict[str, Any] = json.loads(text)
+        body["plan"] = Plan.from_json(json.dumps(body["plan"]))
+        if body["measured"] is not None:
+            share = body["measured"]
+            body["measured"] = Share(**{**share, "dense": tuple(share["dense"]), "candidate": tuple(share["candidate"])})
+        return cls(**body)
