@@ -1,0 +1,99 @@
+"""Groups and sites of a traced graph: which atoms of its axes can be cut, and what they are to an engineer."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from graphprune.graph import Group, Layer, Member, ModelGraph, Site
+from graphprune.operators import Attention, Convolution, Linear
+
+
+def find_groups(graph: ModelGraph) -> tuple[Group, ...]:
+    """Every atom that a parameter runs through, as a group."""
+    members: dict[int, list[Member]] = {}
+    for parameter in graph.parameters:
+        for axis, form in enumerate(parameter.axes):
+            for atom in form.atoms():
+                members.setdefault(atom, []).append(Member(parameter.name, axis, _rows(form.size, atom, graph)))
+    groups = [_group(graph, atom, found) for atom, found in members.items() if graph.atom_sizes[atom] > 1]
+    return tuple(_unique(sorted(groups, key=lambda group: _order(graph, group))))
+
+
+def _rows(size: int, atom: int, graph: ModelGraph) -> int:
+    return max(1, size // graph.atom_sizes[atom])
+
+
+def _group(graph: ModelGraph, atom: int, members: list[Member]) -> Group:
+    producers = [layer for layer in graph.layers if layer.weight and atom in layer.outputs.atoms()]
+    consumers = [layer for layer in graph.layers if layer.weight and atom in layer.inputs.atoms()]
+    attentions = [layer for layer in graph.layers if not layer.weight and atom in layer.inputs.atoms()]
+    narrow = all(layer.inputs.size == graph.atom_sizes[atom] for layer in consumers)
+    kind = _kind(producers, consumers, attentions)
+    kind = "width" if kind == "hidden" and not narrow else kind
+    first = attentions or producers or consumers
+    name = first[0].module if first else members[0].parameter
+    return Group(
+        atom, name, kind, graph.atom_sizes[atom], tuple(members),
+        tuple(layer.node for layer in producers), tuple(layer.node for layer in consumers), graph.atom_frozen[atom],
+    )  # fmt: skip
+
+
+def _kind(producers: list[Layer], consumers: list[Layer], attentions: list[Layer]) -> str:
+    if attentions:
+        return "heads"
+    if producers and all(isinstance(layer.operator, Convolution) for layer in producers):
+        return "channels"
+    inner = producers and consumers and not {x.node for x in producers} & {x.node for x in consumers}
+    one_step = len({layer.module.rpartition(".")[0] for layer in producers + consumers}) == 1
+    linear = all(isinstance(layer.operator, Linear) for layer in producers + consumers)
+    return "hidden" if inner and one_step and linear and len(producers) <= 2 else "width"
+
+
+def _order(graph: ModelGraph, group: Group) -> tuple[int, int]:
+    position = {layer.node: number for number, layer in enumerate(graph.layers)}
+    return min((position[node] for node in group.producers + group.consumers), default=len(position)), group.atom
+
+
+def _unique(groups: Iterable[Group]) -> list[Group]:
+    """Number the groups that share a name and kind."""
+    found = list(groups)
+    shared = Counter((group.name, group.kind) for group in found)
+    seen: Counter[tuple[str, str]] = Counter()
+    result = []
+    for group in found:
+        key = (group.name, group.kind)
+        seen[key] += 1
+        result.append(replace(group, name=f"{group.name}#{seen[key]}") if shared[key] > 1 else group)
+    return result
+
+
+def find_sites(graph: ModelGraph) -> tuple[Site, ...]:
+    """A site for each group that may be cut and for each convolution whose kernel may be cut, in graph order."""
+    position = {node.name: number for number, node in enumerate(graph.nodes)}
+    sites = [_group_site(graph, group) for group in graph.all_groups if not group.frozen]
+    sites += [_kernel_site(layer) for layer in graph.layers if _has_kernel(layer)]
+    return tuple(sorted(sites, key=lambda site: (position[site.node], site.kind)))
+
+
+def _group_site(graph: ModelGraph, group: Group) -> Site:
+    touched = [
+        layer.node for layer in graph.layers
+        if group.atom in layer.inputs.atoms() | layer.outputs.atoms() | (layer.groups.atoms() if layer.groups else set())
+    ]  # fmt: skip
+    node = (group.producers or group.consumers or tuple(touched))[0]
+    return Site(
+        f"{group.name}/{group.kind}", group.kind, group.size, tuple(touched), node, atom=group.atom, unit=group.unit
+    )
+
+
+def _has_kernel(layer: Layer) -> bool:
+    operator = layer.operator
+    return isinstance(operator, Convolution) and layer.standard and max(operator.kernel) > 1
+
+
+def _kernel_site(layer: Layer) -> Site:
+    assert isinstance(layer.operator, Convolution) and not isinstance(layer.operator, Attention)
+    rows, columns = layer.operator.kernel
+    return Site(
+        f"{layer.module}/kernel", "kernel", rows * columns, (layer.node,), layer.node, kernel=(rows, columns)
+    )

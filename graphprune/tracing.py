@@ -1,0 +1,262 @@
+"""Tracing: `torch.export` gives a graph of ATen operators, the rule table couples its axes."""
+
+import copy
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind
+
+from graphprune.axes import Axis, Finisher, Form, freeze, frozen_axis
+from graphprune.errors import InputError, StepError
+from graphprune.graph import Layer, ModelGraph, Node, Parameter
+from graphprune.operators import Attention, Convolution, Linear
+from graphprune.rules import RULES, Call, shapes_of, unknown
+
+ACTIVATIONS = {"gelu", "relu", "silu", "relu_", "silu_", "hardswish"}
+
+
+def trace(model: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor], time_limit: float = 300) -> ModelGraph:
+    """Trace a model into its graph. The model is left as it was.
+
+    `example_inputs` is a tensor or a tuple of tensors with a leading batch axis of any size. Raises InputError where
+    the model does not accept them or holds NaN weights, StepError where `torch.export` cannot trace it in
+    `time_limit` seconds.
+    """
+    inputs = _as_tuple(example_inputs)
+    _check_weights(model)
+    pair = tuple(torch.cat([x, x])[:2].clone() if x.dim() else x for x in inputs)
+    subject = copy.deepcopy(model).eval()
+    _check_forward(subject, pair)
+    with _limit(time_limit):
+        program = _export(subject, pair)
+    return _Walk(program, model).graph()
+
+
+def _as_tuple(example_inputs: Any) -> tuple[torch.Tensor, ...]:
+    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+    if not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
+        raise InputError("example_inputs must be a tensor or a tuple of tensors")
+    return inputs
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise InputError(f"the weights hold NaN or infinity in {name!r}")
+
+
+def _check_forward(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise InputError(f"the model does not accept an input of shape {shapes}: {_first_line(error)}") from None
+
+
+def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
+    dynamic = tuple({0: torch.export.Dim.AUTO} if x.dim() else None for x in inputs)
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False)
+    except TimeoutError:
+        raise StepError("torch.export did not finish within the time limit") from None
+    except Exception as error:
+        raise StepError(f"torch.export cannot trace this model: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    """Interrupt the body after some seconds, where signals can do that (the main thread of a POSIX process)."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@dataclass
+class _Walk:
+    """One pass over the exported graph: couples axes, then finishes them into the frozen graph."""
+
+    program: torch.export.ExportedProgram
+    model: nn.Module
+    known: dict[fx.Node, Any] = field(default_factory=dict)
+    calls: dict[str, Call] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+    def graph(self) -> ModelGraph:
+        self._placeholders()
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                self.known[node] = self._couple(node)
+            elif node.op == "output":
+                for source in node.all_input_nodes:
+                    for axis in self._tensors(source)[0]:
+                        freeze(axis, "it is an output of the model")
+        return self._finish()
+
+    def _placeholders(self) -> None:
+        signature = self.program.graph_signature
+        specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
+        for node in self.program.graph.nodes:
+            if node.op != "placeholder" or not (shapes := shapes_of(node)):
+                continue
+            spec = specs[node.name]
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                self.names[node.name] = str(spec.target)
+                self.known[node] = [Axis(size) for size in shapes[0]]
+            else:
+                why = "it is an input of the model" if spec.kind is InputKind.USER_INPUT else "a constant in the code"
+                self.known[node] = [frozen_axis(size, why) for size in shapes[0]]
+
+    def _couple(self, node: fx.Node) -> Any:
+        if getattr(node.target, "__name__", "") == "getitem":
+            source = self.known.get(node.args[0], [])  # type: ignore[arg-type]
+            return source[node.args[1]] if source else []
+        if not shapes_of(node):
+            return []
+        call = Call(node, _arguments(node), self.known, f"{operator_name(node)} in {_owner(node)[0] or 'the model'}")
+        self.calls[node.name] = call
+        rule = RULES.get(operator_name(node))
+        return rule.couple(call) if rule else unknown(call)
+
+    def _tensors(self, node: fx.Node) -> list[list[Axis]]:
+        value = self.known.get(node, [])
+        return [value] if not value or isinstance(value[0], Axis) else value
+
+    def _finish(self) -> ModelGraph:
+        finisher = Finisher()
+        forms = {node: [tuple(map(finisher.form, axes)) for axes in self._tensors(node)] for node in self.known}
+        for call in self.calls.values():
+            call.extra = {name: finisher.form(axis) for name, axis in call.extra.items()}  # type: ignore[misc]
+            call.known = forms
+        tensors = [node for node in self.known if node.op == "call_function" and forms[node] != [()]]
+        parameters = [node for node in self.known if node.name in self.names]
+        inputs = [n for n in self.known if n.op == "placeholder" and n.name in self.program.graph_signature.user_inputs]
+        layers = [layer for node in tensors if (layer := self._layer(node, forms)) is not None]
+        return ModelGraph(
+            nodes=tuple(self._node(node, forms) for node in tensors),
+            parameters=tuple(
+                Parameter(self.names[n.name], tuple(shapes_of(n)[0]), forms[n][0] if forms[n] else ())
+                for n in parameters
+            ),
+            layers=tuple(layers),
+            atom_sizes=tuple(finisher.sizes),
+            atom_frozen=tuple(finisher.reasons),
+            input_shapes=tuple(tuple(shapes_of(n)[0][1:]) for n in inputs),
+            exported=self.program,
+            calls=self.calls,
+        )
+
+    def _node(self, node: fx.Node, forms: dict[fx.Node, list[tuple[Form, ...]]]) -> Node:
+        inputs = tuple(self.names.get(source.name, source.name) for source in node.all_input_nodes)
+        shape = shapes_of(node)[0] if shapes_of(node) else []
+        return Node(node.name, operator_name(node), _owner(node)[0], inputs, (1, *shape[1:]), forms[node][0])
+
+    def _layer(self, node: fx.Node, forms: dict[fx.Node, list[tuple[Form, ...]]]) -> Layer | None:
+        name = operator_name(node)
+        if name not in ("conv2d", "linear", "scaled_dot_product_attention"):
+            return None
+        call, module = self.calls[node.name], _owner(node)[0]
+        if name == "scaled_dot_product_attention":
+            heads = call.extra.get("heads")
+            operator = _attention(call)
+            return Layer(node.name, module, "", heads, heads, None, operator) if heads else None  # type: ignore[arg-type]
+        weight = call["weight"]
+        shape = shapes_of(weight)[0]
+        source = forms[call["input"]][0]
+        if name == "linear":
+            linear = _linear(node, shape)
+            return Layer(node.name, module, self.names.get(weight.name, ""), source[-1], forms[weight][0][0], None, linear)
+        groups = call.extra.get("groups")
+        return Layer(
+            node.name, module, self.names.get(weight.name, ""), source[1], forms[weight][0][0],
+            groups, _convolution(call, shape), self._standard(node, weight),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def _standard(self, node: fx.Node, weight: fx.Node) -> bool:
+        """A plain Conv2d called once, so that it may be replaced by one with a smaller kernel."""
+        path = _owner(node)[0]
+        owner = self.model.get_submodule(path) if path else self.model
+        plain = type(owner).forward is nn.Conv2d.forward and not getattr(owner, "_forward_hooks", None)
+        named = self.names.get(weight.name) == f"{path}.weight" and getattr(owner, "padding_mode", "") == "zeros"
+        return plain and named and len(weight.users) == 1 and not isinstance(self.calls[node.name]["padding"], str)
+
+
+def operator_name(node: fx.Node) -> str:
+    """The table's name of an operator: `conv2d`, or `namespace::name` outside ATen."""
+    schema = getattr(node.target, "_schema", None)
+    full = schema.name if schema is not None else getattr(node.target, "__name__", str(node.target))
+    return full.removeprefix("aten::")
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by name, defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return dict(enumerate(node.args))  # type: ignore[arg-type]
+    given = {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in schema.arguments}
+
+
+def _owner(node: fx.Node) -> tuple[str, str]:
+    """Path and class name of the innermost module whose code made the call."""
+    stack = [entry for entry in node.meta.get("nn_module_stack", {}).values() if isinstance(entry, tuple)]
+    paths = [(str(path), str(kind)) for path, kind in stack if not str(path).startswith("_empty_nn")]
+    return paths[-1] if paths else ("", "")
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return (values[0], values[-1])
+
+
+def _convolution(call: Call, weight: list[int]) -> Convolution:
+    _, inputs, height, width = shapes_of(call["input"])[0]
+    kernel = (weight[2], weight[3])
+    stride, dilation, padding = _pair(call["stride"]), _pair(call["dilation"]), call["padding"]
+    if isinstance(padding, str):
+        total = [0, 0] if padding == "valid" else [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        low = [amount // 2 for amount in total]
+        ends = (low[0], low[1], total[0] - low[0], total[1] - low[1])
+    else:
+        ends = (*_pair(padding), *_pair(padding))
+    return Convolution(1, inputs, weight[0], height, width, kernel, stride, dilation, ends, int(call["groups"]))
+
+
+def _linear(node: fx.Node, weight: list[int]) -> Linear:
+    rows = 1
+    for size in shapes_of(node)[0][1:-1]:
+        rows *= size
+    users = [operator_name(user) for user in node.users if user.op == "call_function"]
+    activation = users[0].rstrip("_") if len(users) == 1 and users[0] in ACTIVATIONS else ""
+    return Linear(rows, weight[1], weight[0], activation)
+
+
+def _attention(call: Call) -> Attention:
+    query, key, value = (shapes_of(call[name])[0] for name in ("query", "key", "value"))
+    heads = query[-3] if len(query) > 2 else 1
+    batch = 1
+    for size in query[1:-3]:
+        batch *= size
+    return Attention(batch, heads, query[-2], key[-2], query[-1], value[-1])
