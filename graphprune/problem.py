@@ -16,6 +16,8 @@ from graphprune.record import Record
 
 Choices = tuple[int, ...]
 Floats = NDArray[np.float64]
+ROUNDING = 1e-9
+"""A target counts as met up to this relative difference, so that the order of a sum cannot decide it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,15 @@ class Factor:
     def __call__(self, choices: Sequence[int]) -> float:
         return float(self.table[tuple(choices[site] for site in self.sites)])
 
+    def batch(self, choices: NDArray[np.int64]) -> Floats:
+        """The term of many choice vectors [N, sites] at once: [N]."""
+        return np.asarray(self.table[tuple(choices[:, site] for site in self.sites)], dtype=np.float64)
+
+    def sweep(self, choices: NDArray[np.int64], site: int) -> Floats:
+        """The term for every option of one of its own sites, the rest as in `choices`: [N or 1, options]."""
+        options = np.arange(self.table.shape[self.sites.index(site)])[None, :]
+        return np.asarray(self.table[tuple(options if own == site else choices[:, own, None] for own in self.sites)])
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -67,6 +78,17 @@ class Sum:
     def __call__(self, choices: Sequence[int]) -> float:
         return self.constant + sum(factor(choices) for factor in self.factors)
 
+    def batch(self, choices: NDArray[np.int64]) -> Floats:
+        """The values of many choice vectors [N, sites] at once: [N]."""
+        return self.constant + sum((factor.batch(choices) for factor in self.factors), np.zeros(len(choices)))
+
+    def sweep(self, choices: NDArray[np.int64], site: int, options: int) -> Floats:
+        """The values for each of the `options` options of `site`, the rest as in `choices`: [N, options]."""
+        total = np.full((len(choices), options), self.constant)
+        for factor in self.factors:
+            total += factor.sweep(choices, site) if site in factor.sites else factor.batch(choices)[:, None]
+        return total
+
 
 @dataclass(frozen=True)
 class GraphView:
@@ -77,7 +99,7 @@ class GraphView:
     edge_types: NDArray[np.int64]
 
 
-class BudgetSpent(Exception):  # noqa: N818
+class BudgetSpent(Exception):
     """Raised by `Problem.evaluate` once all trials are used; an agent lets it pass."""
 
 
@@ -117,18 +139,24 @@ class Problem:
 
     def feasible(self, choices: Sequence[int]) -> bool:
         """Whether the target is met, by prediction."""
-        return self.overrun(choices) <= 1.0
+        return self.overrun(choices) <= 1.0 + ROUNDING
+
+    def overruns(self, choices: NDArray[np.int64]) -> Floats:
+        """`overrun` of many choice vectors [N, sites] at once: [N]."""
+        shares = [self.costs[name].batch(choices) / limit for name, limit in self.limits.items()]
+        return np.asarray(np.max(shares, axis=0))
+
+    def sweep_overruns(self, choices: NDArray[np.int64], site: int) -> Floats:
+        """`overrun` for every option of `site`, the rest as in `choices` [N, sites]: [N, options]."""
+        options = len(self.decisions[site].options)
+        sweeps = [self.costs[name].sweep(choices, site, options) / limit for name, limit in self.limits.items()]
+        return np.asarray(np.max(sweeps, axis=0))
 
     @cached_property
     def cheapest(self) -> Choices:
         """At each site the option that costs least, the other sites dense (the largest overrun decides)."""
-        return tuple(
-            min(range(len(decision.options)), key=lambda option, site=site: self.overrun(self._only(site, option)))
-            for site, decision in enumerate(self.decisions)
-        )
-
-    def _only(self, site: int, option: int) -> Choices:
-        return self.dense[:site] + (option,) + self.dense[site + 1 :]
+        dense = np.array([self.dense], dtype=np.int64)
+        return tuple(int(self.sweep_overruns(dense, site)[0].argmin()) for site in range(len(self.decisions)))
 
     def mask(self, prefix: Sequence[int]) -> NDArray[np.bool_]:
         """Which options of site `len(prefix)` leave the target reachable: the action wall.
@@ -136,12 +164,21 @@ class Problem:
         An option passes if the target holds once every later site takes its cheapest option. Where none passes,
         only the cheapest option is left, so that a mask is never empty.
         """
-        site = len(prefix)
-        rest = self.cheapest[site + 1 :]
-        passes = [self.feasible((*prefix, option, *rest)) for option in range(len(self.decisions[site].options))]
-        if not any(passes):
-            passes[self.cheapest[site]] = True
-        return np.array(passes, dtype=np.bool_)
+        only: NDArray[np.bool_] = self.masks(np.array([prefix], dtype=np.int64).reshape(1, len(prefix)))[0]
+        return only
+
+    def masks(self, prefixes: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """`mask` of many prefixes of one length [N, decided sites] at once: [N, options]."""
+        count, site = prefixes.shape
+        choices = np.tile(np.array(self.cheapest, dtype=np.int64), (count, 1))
+        choices[:, :site] = prefixes
+        passes: NDArray[np.bool_] = self.sweep_overruns(choices, site) <= 1.0 + ROUNDING
+        passes[~passes.any(axis=1), self.cheapest[site]] = True
+        return passes
+
+    def allows(self, choices: Sequence[int]) -> bool:
+        """Whether the action wall lets a whole choice vector through, site by site."""
+        return all(self.mask(choices[:site])[option] for site, option in enumerate(choices))
 
     def plan(self, choices: Sequence[int]) -> Plan:
         """The plan of a choice vector."""
