@@ -121,14 +121,17 @@ class Site:
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """A traced model. A value: it is never changed, and equal models give equal graphs."""
+    """A traced model. A value: it is never changed, and equal models give equal graphs.
+
+    `inputs` are the dtype and the shape, without the batch axis, of each input.
+    """
 
     nodes: tuple[Node, ...]
     parameters: tuple[Parameter, ...]
     layers: tuple[Layer, ...]
     atom_sizes: tuple[int, ...]
     atom_frozen: tuple[tuple[str, ...], ...]
-    input_shapes: tuple[tuple[int, ...], ...]
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
     exported: Any = field(default=None, compare=False, repr=False)
     calls: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """For surgery on the exported graph: the exported program and its operator calls, with finished axes."""
@@ -137,7 +140,7 @@ class ModelGraph:
     def signature(self) -> str:
         """A hash of parameter names and shapes and of the input shapes: a plan belongs to one signature."""
         facts = [[p.name, p.shape] for p in sorted(self.parameters, key=lambda p: p.name)]
-        text = json.dumps([facts, self.input_shapes])
+        text = json.dumps([facts, self.inputs])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property

@@ -31,11 +31,13 @@ class Choice:
 class Plan:
     """The choices of one model, sorted by site. Sites that stay dense are not listed.
 
-    `model` is the signature of the graph the plan was made for (`ModelGraph.signature`).
+    `model` is the signature of the graph the plan was made for (`ModelGraph.signature`); `inputs` are the dtype and
+    the shape, without the batch axis, of each input of that model, so that it can be traced again.
     """
 
     model: str
     choices: tuple[Choice, ...] = ()
+    inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", tuple(sorted(self.choices)))
@@ -47,6 +49,7 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON text; equal plans give equal bytes."""
         body = {"format": FORMAT, "model": self.model, "choices": [asdict(choice) for choice in self.choices]}
+        body["inputs"] = self.inputs
         return json.dumps(body, indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -60,6 +63,9 @@ class Plan:
                 Choice(str(c["site"]), str(c["pattern"]), str(c["level"]), tuple(int(i) for i in c["keep"]))
                 for c in body["choices"]
             )
-            return cls(str(body["model"]), choices)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            inputs = tuple((str(dtype), tuple(int(n) for n in shape)) for dtype, shape in body["inputs"])
+            return cls(str(body["model"]), choices, inputs)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"not a graphprune plan: {error}") from None

@@ -120,6 +120,7 @@ class Problem:
     evaluator: Callable[[Choices], Record]
     trials: int
     model: str = ""
+    inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
     records: list[Record] = field(default_factory=list)
     _seen: dict[Choices, Record] = field(default_factory=dict)
 
@@ -189,6 +190,7 @@ class Problem:
                 for decision, index in zip(self.decisions, choices, strict=True)
                 if index and (option := decision.options[index])
             ),
+            self.inputs,
         )
 
     def evaluate(self, choices: Sequence[int]) -> Record:

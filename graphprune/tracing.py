@@ -135,7 +135,7 @@ class _Walk:
             return source[node.args[1]] if source else []
         if not shapes_of(node):
             return []
-        call = Call(node, _arguments(node), self.known, f"{operator_name(node)} in {_owner(node)[0] or 'the model'}")
+        call = Call(node, _arguments(node), self.known, f"{operator_name(node)} in {owner_path(node) or 'the model'}")
         self.calls[node.name] = call
         rule = RULES.get(operator_name(node))
         return rule.couple(call) if rule else unknown(call)
@@ -163,7 +163,7 @@ class _Walk:
             layers=tuple(layers),
             atom_sizes=tuple(finisher.sizes),
             atom_frozen=tuple(finisher.reasons),
-            input_shapes=tuple(tuple(shapes_of(n)[0][1:]) for n in inputs),
+            inputs=tuple((str(n.meta["val"].dtype).removeprefix("torch."), tuple(shapes_of(n)[0][1:])) for n in inputs),
             exported=self.program,
             calls=self.calls,
         )
@@ -171,13 +171,13 @@ class _Walk:
     def _node(self, node: fx.Node, forms: dict[fx.Node, list[tuple[Form, ...]]]) -> Node:
         inputs = tuple(self.names.get(source.name, source.name) for source in node.all_input_nodes)
         shape = shapes_of(node)[0] if shapes_of(node) else []
-        return Node(node.name, operator_name(node), _owner(node)[0], inputs, (1, *shape[1:]), forms[node][0])
+        return Node(node.name, operator_name(node), owner_path(node), inputs, (1, *shape[1:]), forms[node][0])
 
     def _layer(self, node: fx.Node, forms: dict[fx.Node, list[tuple[Form, ...]]]) -> Layer | None:
         name = operator_name(node)
         if name not in ("conv2d", "linear", "scaled_dot_product_attention"):
             return None
-        call, module = self.calls[node.name], _owner(node)[0]
+        call, module = self.calls[node.name], owner_path(node)
         if name == "scaled_dot_product_attention":
             heads = call.extra.get("heads")
             operator = _attention(call)
@@ -196,7 +196,7 @@ class _Walk:
 
     def _standard(self, node: fx.Node, weight: fx.Node) -> bool:
         """A plain Conv2d called once, so that it may be replaced by one with a smaller kernel."""
-        path = _owner(node)[0]
+        path = owner_path(node)
         owner = self.model.get_submodule(path) if path else self.model
         plain = type(owner).forward is nn.Conv2d.forward and not getattr(owner, "_forward_hooks", None)
         named = self.names.get(weight.name) == f"{path}.weight" and getattr(owner, "padding_mode", "") == "zeros"
@@ -219,11 +219,11 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return {argument.name: given.get(argument.name, argument.default_value) for argument in schema.arguments}
 
 
-def _owner(node: fx.Node) -> tuple[str, str]:
-    """Path and class name of the innermost module whose code made the call."""
+def owner_path(node: fx.Node) -> str:
+    """Path of the innermost module whose code made the call."""
     stack = [entry for entry in node.meta.get("nn_module_stack", {}).values() if isinstance(entry, tuple)]
-    paths = [(str(path), str(kind)) for path, kind in stack if not str(path).startswith("_empty_nn")]
-    return paths[-1] if paths else ("", "")
+    paths = [str(path) for path, _ in stack if not str(path).startswith("_empty_nn")]
+    return paths[-1] if paths else ""
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -1,0 +1,115 @@
+"""Cutting the exported graph: its parameters are sliced and its literals rewritten by the rule table."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphprune.axes import Form
+from graphprune.cuts import Cuts
+from graphprune.graph import ModelGraph
+from graphprune.rules import RULES
+from graphprune.tracing import operator_name, owner_path
+from graphprune.window import padded_conv2d, window_padding
+
+_SPLITS = {"split", "chunk", "unsafe_chunk", "tensor_split"}
+
+
+def literal_changes(graph: ModelGraph, cuts: Cuts) -> Iterator[tuple[str, str, Any, Any]]:
+    """(owning module, argument, value before, value after) for each literal that a cut changes."""
+    for node, name, before, after in _changes(graph, cuts):
+        yield owner_path(node), name, before, after
+
+
+def _changes(graph: ModelGraph, cuts: Cuts) -> Iterator[tuple[fx.Node, str, Any, Any]]:
+    sizes = cuts.sizes
+
+    def size(form: Form) -> int:
+        return form.kept_size(sizes)
+
+    for call in graph.calls.values():
+        rule = RULES.get(operator_name(call.node))
+        if rule is None or rule.literals is None:
+            continue
+        out = call.known[call.node]
+        if not any(form.atoms() & sizes.keys() for tensor in out for form in tensor):
+            continue
+        tensors = out if operator_name(call.node) in (*_SPLITS, "split_with_sizes") else out[0]
+        for name, after in rule.literals(call, tensors, size).items():
+            before = call.arguments.get(name)
+            if before != after:
+                yield call.node, name, before, after
+
+
+def cut_program(graph: ModelGraph, cuts: Cuts, model: nn.Module) -> nn.Module:
+    """The exported graph with the cuts made, as a module with the weights of `model`."""
+    module = _plain_module(graph.exported)
+    nodes = {node.name: node for node in module.graph.nodes}
+    for node, name, _, after in _changes(graph, cuts):
+        _rewrite(nodes[node.name], name, after)
+    for name, window in cuts.windows.items():
+        _shrink_kernel(nodes[name], graph.calls[name], window)
+    module.graph.lint()
+    module.recompile()
+    _load_cut(module, graph, cuts, model)
+    return module.eval()
+
+
+def _plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program as an ordinary module: without input guards, with `train` and `eval`."""
+    unlifted = program.module(check_guards=False)
+    unlifted.graph._codegen = copy.copy(unlifted.graph._codegen)
+    plain = fx.GraphModule(unlifted, unlifted.graph)
+    plain.meta.clear()
+    return plain
+
+
+def _rewrite(node: fx.Node, name: str, after: Any) -> None:
+    if name == "split_sizes":
+        dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+        node.target = torch.ops.aten.split_with_sizes.default
+        node.args, node.kwargs = (node.args[0], after, dim), {}
+        return
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    position = names.index(name)
+    if isinstance(after, list) and position < len(node.args):
+        given = node.args[position]
+        after = [g if isinstance(g, fx.Node) else a for g, a in zip(given, after, strict=True)]  # type: ignore[arg-type]
+    if position < len(node.args):
+        node.update_arg(position, after)
+    else:
+        node.update_kwarg(name, after)
+
+
+def _shrink_kernel(node: fx.Node, call: Any, window: Any) -> None:
+    weight = call["weight"].meta["val"].shape
+    pair = [_pair(call[name]) for name in ("stride", "padding", "dilation")]
+    ends = window_padding((int(weight[2]), int(weight[3])), pair[1], pair[2], window)
+    arguments = [*node.args[:3], *([None] * (3 - len(node.args[:3])))]
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    node.target = padded_conv2d
+    node.args, node.kwargs = (*arguments, pair[0], ends, pair[2], groups), {}
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return (values[0], values[-1])
+
+
+def _load_cut(module: nn.Module, graph: ModelGraph, cuts: Cuts, model: nn.Module) -> None:
+    windows = {graph.layer[node].weight: window for node, window in cuts.windows.items()}
+    for parameter in graph.parameters:
+        path, _, name = parameter.name.rpartition(".")
+        value = getattr(model.get_submodule(path), name)
+        small = value.detach().clone()
+        for axis, form in enumerate(parameter.axes):
+            if form.atoms() & cuts.keep.keys():
+                small = small.index_select(axis, torch.from_numpy(form.kept(cuts.keep)).to(value.device))
+        if parameter.name in windows:
+            (top, bottom), (left, right) = windows[parameter.name]
+            small = small[:, :, top:bottom, left:right].clone()
+        if isinstance(value, nn.Parameter):
+            small = nn.Parameter(small, value.requires_grad)
+        setattr(module.get_submodule(path), name, small)

@@ -1,0 +1,199 @@
+"""Surgery: cutting a copy of the user's own module, checked against the cut exported graph.
+
+Parameters are sliced by name, size attributes follow, and integer attributes that hold a size which the forward
+code uses (`num_heads`) are found through the literals of the exported graph. Where module code holds a literal that
+no attribute reaches, the exported graph itself, with its literals rewritten, is the result.
+"""
+
+import copy
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from graphprune.cuts import Cuts, resolve
+from graphprune.exported import cut_program, literal_changes
+from graphprune.graph import ModelGraph
+from graphprune.plan import Plan
+from graphprune.tracing import trace
+from graphprune.window import windowed
+
+TOLERANCE = 1e-4
+_TRACED: "weakref.WeakKeyDictionary[nn.Module, ModelGraph]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The outcome of surgery: the pruned module, and whether it is of the user's own class."""
+
+    model: nn.Module
+    own_class: bool
+    attributes: tuple[tuple[str, str], ...] = ()
+    """Which (class, attribute) pairs had to follow a cut."""
+
+
+def remember(model: nn.Module, graph: ModelGraph) -> ModelGraph:
+    """Keep the graph of a module for as long as the module lives."""
+    _TRACED[model] = graph
+    return graph
+
+
+def graph_of(model: nn.Module, plan: Plan) -> ModelGraph:
+    """The graph of a module: the one it was traced to, or a new trace on random inputs of the plan's shapes."""
+    known = _TRACED.get(model)
+    if known is not None and known.signature == plan.model:
+        return known
+    return remember(model, trace(model, example_inputs(plan.inputs)))
+
+
+def example_inputs(inputs: Sequence[tuple[str, tuple[int, ...]]], batch: int = 2) -> tuple[torch.Tensor, ...]:
+    """Seeded random inputs of the given dtypes and shapes (without batch axis)."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    for dtype, shape in inputs:
+        kind: torch.dtype = getattr(torch, dtype)
+        tensors.append(torch.randn(batch, *shape, generator=generator).to(kind))
+    return tuple(tensors)
+
+
+def apply(model: nn.Module, plan: Plan, graph: ModelGraph | None = None) -> nn.Module:
+    """A new module in which the plan's structures are gone; `model` is untouched.
+
+    The result is of the user's own class, with its state dict names, wherever the module's code allows it; otherwise
+    it is the exported graph as a module. Without compensation: kept weights have their old values. Raises InputError
+    for a plan of another model.
+    """
+    return operate(model, graph or graph_of(model, plan), plan).model
+
+
+def operate(model: nn.Module, graph: ModelGraph, plan: Plan) -> Operation:
+    """`apply`, telling which of the two routes was taken."""
+    cuts = resolve(graph, plan)
+    reference = cut_program(graph, cuts, model)
+    inputs = tuple(x.to(next(iter(model.parameters())).device) for x in example_inputs(graph.inputs))
+    if any(x.is_floating_point() for x in inputs):
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    candidates = attribute_choices(model, graph, cuts)
+    for attributes in candidates:
+        pruned = cut_module(model, graph, cuts, attributes)
+        if _agree(pruned, reference, inputs):
+            return Operation(pruned.train(model.training), True, attributes)
+    return Operation(reference.train(model.training), False)
+
+
+def cut_module(model: nn.Module, graph: ModelGraph, cuts: Cuts, attributes: Sequence[tuple[str, str]] = ()) -> nn.Module:
+    """Cut a copy of the module itself. `attributes` are the (class, attribute) pairs that follow the literals."""
+    pruned = copy.deepcopy(model)
+    for node, window in cuts.windows.items():
+        path = graph.layer[node].module
+        pruned.set_submodule(path, windowed(pruned.get_submodule(path), window))  # type: ignore[arg-type]
+    _slice_parameters(pruned, graph, cuts)
+    _follow_literals(pruned, graph, cuts, frozenset(attributes))
+    return pruned
+
+
+def _slice_parameters(pruned: nn.Module, graph: ModelGraph, cuts: Cuts) -> None:
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in pruned.modules():
+        for store in (module._parameters, module._buffers):
+            for name, value in store.items():
+                if value is not None:
+                    owners.setdefault(id(value), []).append((module, name))
+    for parameter in graph.parameters:
+        touched = [axis for axis, form in enumerate(parameter.axes) if form.atoms() & cuts.keep.keys()]
+        if not touched:
+            continue
+        path, _, name = parameter.name.rpartition(".")
+        value = getattr(pruned.get_submodule(path), name)
+        small = value.detach()
+        for axis in touched:
+            index = torch.from_numpy(parameter.axes[axis].kept(cuts.keep)).to(value.device)
+            small = small.index_select(axis, index)
+        small = nn.Parameter(small, value.requires_grad) if isinstance(value, nn.Parameter) else small
+        for module, attribute in owners[id(value)]:
+            setattr(module, attribute, small)
+            _follow_sizes(module)
+
+
+def _follow_sizes(module: nn.Module) -> None:
+    """The size attributes of torch's own layers, from the shape of the weight."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+        module.in_channels, module.out_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+    elif isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+        sized = weight if weight is not None else getattr(module, "running_mean", None)
+        name = "num_channels" if isinstance(module, nn.GroupNorm) else "num_features"
+        if sized is not None:
+            setattr(module, name, sized.shape[0])
+
+
+def _follow_literals(
+    pruned: nn.Module, graph: ModelGraph, cuts: Cuts, attributes: frozenset[tuple[str, str]]
+) -> None:
+    for path, name, before, after in literal_changes(graph, cuts):
+        module = pruned.get_submodule(path)
+        if getattr(module, name, None) in (before, _as_tuple(before)):
+            kept_type = type(getattr(module, name))
+            setattr(module, name, kept_type(after) if isinstance(after, list) else after)
+            _follow_sizes(module)
+            continue
+        for old, new in _integer_pairs(before, after):
+            for attribute, value in list(vars(module).items()):
+                if (type(module).__name__, attribute) in attributes and _holds(value, old):
+                    setattr(module, attribute, new)
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _holds(value: object, size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value == size
+
+
+def _integer_pairs(before: object, after: object) -> Iterator[tuple[int, int]]:
+    olds, news = (x if isinstance(x, (list, tuple)) else [x] for x in (before, after))
+    yield from {(a, b) for a, b in zip(olds, news, strict=False) if isinstance(a, int) and a != b}
+
+
+def attribute_choices(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Sets of (class, attribute) to try: all that hold a changed literal, then each smaller set, none last."""
+    found: dict[tuple[str, str], None] = {}
+    for path, _, before, after in literal_changes(graph, cuts):
+        module = model.get_submodule(path)
+        for old, _ in _integer_pairs(before, after):
+            for attribute, value in vars(module).items():
+                if _holds(value, old):
+                    found[(type(module).__name__, attribute)] = None
+    sizes = range(len(found), -1, -1) if len(found) <= 6 else (len(found), 1, 0)
+    for size in sizes:
+        yield from itertools.combinations(found, size)
+
+
+def _agree(pruned: nn.Module, reference: nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:
+    try:
+        with torch.no_grad():
+            got, expected = (_tensors(module.eval()(*inputs)) for module in (pruned, reference))
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError):
+        return False
+    if len(got) != len(expected):
+        return False
+    for a, b in zip(got, expected, strict=True):
+        if a.shape != b.shape or (a - b).abs().max() > TOLERANCE * (b.abs().max() + 1e-12):
+            return False
+    return True
+
+
+def _tensors(output: object) -> list[torch.Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+

@@ -1,0 +1,67 @@
+"""A convolution with a smaller kernel than it had: one-sided padding, and a crop where the window is off-centre."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from graphprune.graph import Window
+
+Ends = tuple[int, int, int, int]
+"""Padding (left, right, top, bottom), in the order of `torch.nn.functional.pad`; negative entries crop."""
+
+
+def window_padding(kernel: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], window: Window) -> Ends:
+    """The padding with which the kernel's window reads what it read inside the whole kernel."""
+    (top, bottom), (left, right) = window
+    return (
+        padding[1] - left * dilation[1],
+        padding[1] - (kernel[1] - right) * dilation[1],
+        padding[0] - top * dilation[0],
+        padding[0] - (kernel[0] - bottom) * dilation[0],
+    )
+
+
+def padded_conv2d(  # noqa: PLR0913, PLR0917 - the signature of aten.conv2d with four paddings
+    source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+    stride: Sequence[int], ends: Ends, dilation: Sequence[int], groups: int,
+) -> torch.Tensor:  # fmt: skip
+    """A 2-D convolution with its own padding on each side. Shapes as in `torch.nn.functional.conv2d`."""
+    left, right, top, bottom = ends
+    if left == right >= 0 and top == bottom >= 0:
+        return functional.conv2d(source, weight, bias, tuple(stride), (top, left), tuple(dilation), groups)
+    return functional.conv2d(functional.pad(source, ends), weight, bias, tuple(stride), 0, tuple(dilation), groups)
+
+
+class WindowConv2d(nn.Conv2d):
+    """An `nn.Conv2d` of which only a window of the kernel is left; state dict names as before.
+
+    `ends` is its padding (left, right, top, bottom); negative entries crop the input.
+    """
+
+    ends: Ends = (0, 0, 0, 0)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in nn.Conv2d
+        """[N, C, H, W] -> [N, outputs, H', W'], the same H' and W' as with the whole kernel."""
+        return padded_conv2d(input, self.weight, self.bias, self.stride, self.ends, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        """The convolution's own text and its paddings."""
+        return f"{super().extra_repr()}, ends={self.ends}"
+
+
+def windowed(conv: nn.Conv2d, window: Window) -> WindowConv2d:
+    """The convolution with only a window of its kernel, sharing nothing with `conv`."""
+    assert not isinstance(conv.padding, str)
+    (top, bottom), (left, right) = window
+    weight = conv.weight.detach()[:, :, top:bottom, left:right].clone()
+    small = WindowConv2d(
+        conv.in_channels, conv.out_channels, (bottom - top, right - left), conv.stride,  # type: ignore[arg-type]
+        0, conv.dilation, conv.groups, conv.bias is not None, device="meta", dtype=weight.dtype,  # type: ignore[arg-type]
+    )  # fmt: skip
+    small.ends = window_padding(conv.kernel_size, conv.padding, conv.dilation, window)  # type: ignore[arg-type]
+    small.weight = nn.Parameter(weight, conv.weight.requires_grad)
+    if conv.bias is not None:
+        small.bias = nn.Parameter(conv.bias.detach().clone(), conv.bias.requires_grad)
+    return small.train(conv.training)
