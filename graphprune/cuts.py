@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from graphprune.axes import Indices
 from graphprune.errors import InputError
-from graphprune.graph import Layer, ModelGraph, Site, Window
+from graphprune.graph import Layer, ModelGraph, Window
 from graphprune.operators import Operator
 from graphprune.plan import Choice, Plan
 
@@ -29,19 +27,6 @@ class Cuts:
         return layer.after(self.sizes, self.windows.get(layer.node))
 
 
-def cut_of(site: Site, keep: tuple[int, ...]) -> Cuts:
-    """The cut that keeps some units of a site. Kernel positions must form a rectangle; InputError if not."""
-    if max(keep) >= site.size:
-        raise InputError(f"{site.name!r} has {site.size} units, the plan keeps number {max(keep)}")
-    if site.kind != "kernel":
-        return Cuts(keep={site.atom: np.asarray(keep, dtype=np.int64)})
-    rows, columns = np.divmod(np.asarray(keep), site.kernel[1])
-    window = ((int(rows.min()), int(rows.max()) + 1), (int(columns.min()), int(columns.max()) + 1))
-    if (window[0][1] - window[0][0]) * (window[1][1] - window[1][0]) != len(keep):
-        raise InputError(f"the kept positions of {site.name!r} are not a rectangle")
-    return Cuts(windows={site.node: window})
-
-
 def join(*cuts: Cuts) -> Cuts:
     """Several cuts at different sites as one."""
     keep = {atom: indices for cut in cuts for atom, indices in cut.keep.items()}
@@ -57,6 +42,13 @@ def resolve(graph: ModelGraph, plan: Plan) -> Cuts:
 
 
 def _resolve_choice(graph: ModelGraph, choice: Choice) -> Cuts:
-    if choice.site not in graph.site:
+    from graphprune.registry import pattern
+
+    site = graph.site.get(choice.site)
+    if site is None:
         raise InputError(f"this model has no site {choice.site!r}")
-    return cut_of(graph.site[choice.site], choice.keep)
+    if max(choice.keep) >= site.size:
+        raise InputError(f"{site.name!r} has {site.size} units, the plan keeps number {max(choice.keep)}")
+    if site.kind not in pattern(choice.pattern).kinds:
+        raise InputError(f"the pattern {choice.pattern!r} does not apply at {site.name!r}, which is of kind {site.kind!r}")
+    return pattern(choice.pattern).rewrite(site, choice.keep)

@@ -71,18 +71,26 @@ def apply(model: nn.Module, plan: Plan, graph: ModelGraph | None = None) -> nn.M
 
 def operate(model: nn.Module, graph: ModelGraph, plan: Plan) -> Operation:
     """`apply`, telling which of the two routes was taken."""
-    cuts = resolve(graph, plan)
+    return perform(model, graph, resolve(graph, plan))
+
+
+def perform(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Operation:
+    """Make cuts of any kind, patterns or not, and check the result against the cut exported graph."""
     reference = cut_program(graph, cuts, model)
-    inputs = tuple(x.to(next(iter(model.parameters())).device) for x in example_inputs(graph.inputs))
-    if any(x.is_floating_point() for x in inputs):
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-    candidates = attribute_choices(model, graph, cuts)
-    for attributes in candidates:
+    inputs = inputs_like(model, graph)
+    for attributes in attribute_choices(model, graph, cuts):
         pruned = cut_module(model, graph, cuts, attributes)
         if _agree(pruned, reference, inputs):
             return Operation(pruned.train(model.training), True, attributes)
     return Operation(reference.train(model.training), False)
+
+
+def inputs_like(model: nn.Module, graph: ModelGraph) -> tuple[torch.Tensor, ...]:
+    """Seeded random inputs of batch 2 on the model's device, in its floating-point type."""
+    kinds = [(p.device, p.dtype) for p in model.parameters() if p.is_floating_point()]
+    device, dtype = kinds[0] if kinds else (torch.device("cpu"), torch.float32)
+    inputs = (x.to(device) for x in example_inputs(graph.inputs))
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
 
 
 def cut_module(model: nn.Module, graph: ModelGraph, cuts: Cuts, attributes: Sequence[tuple[str, str]] = ()) -> nn.Module:

@@ -1,0 +1,11 @@
+"""What may be cut: one file is one pattern family."""
+
+from graphprune.pattern import Pattern
+from graphprune.patterns.filter import Filter
+from graphprune.patterns.heads import Heads
+from graphprune.patterns.hidden import Hidden
+from graphprune.patterns.kernel import Kernel
+
+PATTERNS: dict[str, type[Pattern]] = {pattern.name: pattern for pattern in (Filter, Kernel, Heads, Hidden)}
+
+__all__ = ["PATTERNS"]

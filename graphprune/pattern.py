@@ -1,0 +1,77 @@
+"""What every pattern declares: where it is legal, at which levels, which units it keeps, and what that cuts."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphprune.cuts import Cuts
+from graphprune.graph import ModelGraph, Site
+from graphprune.profile import Profile
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much a pattern cuts: `count` units stay. `keep` names them where the pattern's geometry fixes them."""
+
+    name: str
+    count: int
+    keep: tuple[int, ...] = ()
+
+
+class Pattern(ABC):
+    """A regular shape of sparsity that can be rewritten into smaller dense operators.
+
+    An agent's action mask is `legal`: structure decides in `levels`, the measured profile decides the rest.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[frozenset[str]]
+    """The kinds of site (`Site.kind`) at which it may be used."""
+
+    @abstractmethod
+    def levels(self, site: Site, block: int) -> tuple[Level, ...]:
+        """The structurally possible levels at a site; `block` is the engine's vector block in channels."""
+
+    @abstractmethod
+    def rewrite(self, site: Site, keep: tuple[int, ...]) -> Cuts:
+        """What is cut when the site keeps these units. Raises InputError where they do not form this pattern."""
+
+    def choose(self, site: Site, level: Level, scores: Scores) -> tuple[int, ...]:
+        """The units that stay at a level: those fixed by the geometry, else the highest `scores` [site.size]."""
+        if level.keep:
+            return level.keep
+        best = np.argsort(-scores, kind="stable")[: level.count]
+        return tuple(sorted(int(index) for index in best))
+
+    def legal(self, graph: ModelGraph, site: Site, profile: Profile) -> tuple[Level, ...]:
+        """The levels whose measured gain on the site's layers exceeds the noise."""
+        if site.kind not in self.kinds:
+            return ()
+        layers = [graph.layer[node] for node in site.layers]
+        dense = [layer.operator for layer in layers]
+        legal = []
+        for level in self.levels(site, profile.block):
+            cut = self.rewrite(site, level.keep or tuple(range(level.count)))
+            if profile.beyond_noise(dense, [cut.operator(layer) for layer in layers]):
+                legal.append(level)
+        return tuple(legal)
+
+
+class GroupPattern(Pattern):
+    """A pattern that keeps some units of a group and cuts the others everywhere the group reaches."""
+
+    def rewrite(self, site: Site, keep: tuple[int, ...]) -> Cuts:
+        """Keep the given units of the site's group."""
+        return Cuts(keep={site.atom: np.asarray(keep, dtype=np.int64)})
+
+
+def shares(site: Site, block: int, fractions: tuple[float, ...] = (0.75, 0.5, 0.25)) -> tuple[Level, ...]:
+    """Levels at fractions of a site, each rounded to whole blocks of rows, without repeats, never all or nothing."""
+    step = max(1, block // site.unit)
+    counts = {max(step, round(fraction * site.size / step) * step) for fraction in fractions}
+    return tuple(Level(f"{count} of {site.size}", count) for count in sorted(counts, reverse=True) if count < site.size)

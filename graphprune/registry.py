@@ -1,0 +1,23 @@
+"""The only place that looks up patterns and agents by name; everything else takes them as given."""
+
+from functools import cache
+from importlib.metadata import entry_points
+
+from graphprune.errors import InputError
+from graphprune.pattern import Pattern
+
+
+@cache
+def patterns() -> dict[str, Pattern]:
+    """All patterns by name: graphprune's own, and those of the entry-point group `graphprune.patterns`."""
+    from graphprune.patterns import PATTERNS
+
+    own = {name: pattern() for name, pattern in PATTERNS.items()}
+    return own | {point.name: point.load()() for point in entry_points(group="graphprune.patterns")}
+
+
+def pattern(name: str) -> Pattern:
+    """A pattern by name. Raises InputError for an unknown one."""
+    if name not in patterns():
+        raise InputError(f"unknown pattern {name!r}; known are {', '.join(sorted(patterns()))}")
+    return patterns()[name]

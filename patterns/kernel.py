@@ -1,0 +1,64 @@
+"""One smaller geometry for all kernels of a convolution, rewritten into a convolution with that smaller kernel."""
+
+from itertools import product
+from typing import ClassVar
+
+import numpy as np
+
+from graphprune.cuts import Cuts
+from graphprune.errors import InputError
+from graphprune.graph import Site
+from graphprune.pattern import Level, Pattern
+
+_PLACES = {1: ("top", "middle", "bottom"), 2: ("top", "bottom")}
+_SIDES = {1: ("left", "centre", "right"), 2: ("left", "right")}
+
+
+class Kernel(Pattern):
+    """Columns, rows, 2x2, 3x2, 2x3 and the centre of a 3x3 kernel; the middle row, column and 3x3 of larger ones.
+
+    The window keeps its place: one-sided padding makes it read what it read inside the whole kernel. A one-wide
+    window away from the centre also needs a crop, and is timed with it.
+    """
+
+    name: ClassVar[str] = "kernel"
+    kinds: ClassVar[frozenset[str]] = frozenset({"kernel"})
+
+    def levels(self, site: Site, block: int) -> tuple[Level, ...]:
+        """Every window of a 3x3 kernel but off-centre 1x1, and the centred windows of odd larger kernels."""
+        if site.kernel == (3, 3):
+            return _small_windows()
+        if min(site.kernel) % 2 and min(site.kernel) > 3:
+            return _centred_windows(*site.kernel)
+        return ()
+
+    def rewrite(self, site: Site, keep: tuple[int, ...]) -> Cuts:
+        """Keep a rectangle of kernel positions."""
+        rows, columns = np.divmod(np.asarray(keep), site.kernel[1])
+        window = ((int(rows.min()), int(rows.max()) + 1), (int(columns.min()), int(columns.max()) + 1))
+        if (window[0][1] - window[0][0]) * (window[1][1] - window[1][0]) != len(keep):
+            raise InputError(f"the kept positions of {site.name!r} are not a rectangle")
+        return Cuts(windows={site.node: window})
+
+
+def _small_windows() -> tuple[Level, ...]:
+    levels = []
+    for height, width in ((3, 2), (2, 3), (2, 2), (3, 1), (1, 3)):
+        for row, column in product(range(4 - height), range(4 - width)):
+            place = [_PLACES[height][row]] * (height < 3) + [_SIDES[width][column]] * (width < 3)
+            levels.append(_level(f"{height}x{width} {' '.join(place)}", 3, (row, row + height), (column, column + width)))
+    return (*levels, _level("1x1 centre", 3, (1, 2), (1, 2)))
+
+
+def _centred_windows(height: int, width: int) -> tuple[Level, ...]:
+    row, column = height // 2, width // 2
+    return (
+        _level("3x3 centre", width, (row - 1, row + 2), (column - 1, column + 2)),
+        _level(f"{height}x1 centre", width, (0, height), (column, column + 1)),
+        _level(f"1x{width} middle", width, (row, row + 1), (0, width)),
+    )
+
+
+def _level(name: str, width: int, rows: tuple[int, int], columns: tuple[int, int]) -> Level:
+    keep = tuple(row * width + column for row in range(*rows) for column in range(*columns))
+    return Level(name, len(keep), keep)
