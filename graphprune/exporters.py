@@ -1,0 +1,168 @@
+"""torch's two ONNX exporters behind one interface: a request goes in, an onnx-ir model comes out."""
+
+import copy
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from graphprune.errors import InputError, StepError
+from graphprune.fold import fold_pads
+
+_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is exported: a copy of the model, its inputs with a batch of at least 2, and the names in the file."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    batched_outputs: tuple[bool, ...]
+    dynamic: bool
+    opset: int | None
+
+    @property
+    def batch(self) -> int:
+        return self.inputs[0].shape[0] if self.inputs[0].dim() else 1
+
+    @property
+    def batched(self) -> tuple[bool, ...]:
+        """Which inputs have the batch axis: those whose first axis is as long as that of the first input."""
+        return tuple(x.dim() > 0 and x.shape[0] == self.batch for x in self.inputs)
+
+
+def prepare(model: nn.Module, example: Tensor | Sequence[Tensor], dynamic: bool, opset: int | None) -> Request:
+    given = (example,) if isinstance(example, Tensor) else tuple(example)
+    if not given or not all(isinstance(x, Tensor) for x in given):
+        raise InputError("example_inputs must be a tensor or a tuple of tensors")
+    inputs = tuple(x.detach().cpu() for x in given)
+    if any(x.dtype == torch.bfloat16 for x in inputs):
+        raise InputError("ONNX Runtime takes no bfloat16 inputs: export the model in float32")
+    if dynamic and inputs[0].dim() and inputs[0].shape[0] == 1:  # torch.export would treat a batch of 1 as fixed
+        inputs = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in inputs)
+    subject = copy.deepcopy(model).cpu()
+    for module in subject.modules():
+        module.training = False  # as eval() does, which an exported graph refuses
+    outputs = outputs_of(subject, inputs)
+    count = len(outputs)
+    return Request(
+        model=subject,
+        inputs=inputs,
+        input_names=_input_names(subject, len(inputs)),
+        output_names=("output",) if count == 1 else tuple(f"output_{index}" for index in range(count)),
+        batched_outputs=tuple(x.dim() > 0 and inputs[0].dim() > 0 and len(x) == len(inputs[0]) for x in outputs),
+        dynamic=dynamic,
+        opset=opset,
+    )
+
+
+def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The model's outputs, flattened."""
+    try:
+        with torch.no_grad():
+            leaves = tree_leaves(model(*inputs))
+    except Exception as error:  # a forward pass may raise anything; the caller's input is the cause
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise InputError(f"the model does not accept inputs of shape {shapes}: {_reason(error)}") from error
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _input_names(model: nn.Module, count: int) -> tuple[str, ...]:
+    """The names of forward's parameters, or input_0, input_1 and so on where it takes any number."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[:count]
+    named = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY) for p in parameters)
+    if named and len(parameters) == count:
+        return tuple(parameter.name for parameter in parameters)
+    return tuple(f"input_{index}" for index in range(count))
+
+
+def convert(request: Request, routes: Sequence[Callable[[Request], ir.Model]]) -> ir.Model:
+    """The model from the first exporter that succeeds, padding folded; the first failure is what is reported."""
+    errors: list[Exception] = []
+    for route in routes:
+        try:
+            with torch.no_grad(), _silence():
+                converted = route(request)
+                fold_pads(converted)
+            return converted
+        except Exception as error:  # exporters raise anything, from TypeError to errors of their own
+            errors.append(error)
+    advice = "; dynamic_batch=False may help" if request.dynamic else ""
+    raise StepError(f"the model cannot be exported to ONNX: {_reason(errors[0])}{advice}") from errors[0]
+
+
+def by_dynamo(request: Request) -> ir.Model:
+    """torch.export, then torch's own ONNX translation and onnxscript's optimiser."""
+    batch = torch.export.Dim("batch")
+    axes = tuple({0: batch} if batched else None for batched in request.batched)
+    program = torch.onnx.export(
+        request.model,
+        request.inputs,
+        input_names=request.input_names,
+        output_names=request.output_names,
+        opset_version=request.opset,
+        dynamic_shapes=axes if request.dynamic else None,
+        dynamo=True,
+        verbose=False,
+    )
+    if program is None:
+        raise StepError("the exporter returned nothing")
+    return program.model
+
+
+def by_torchscript(request: Request) -> ir.Model:
+    """torch's older exporter. Its Pad nodes compute their amounts, which the optimiser turns into constants."""
+    buffer = io.BytesIO()
+    inputs = [n for n, batched in zip(request.input_names, request.batched, strict=True) if batched]
+    outputs = [n for n, batched in zip(request.output_names, request.batched_outputs, strict=True) if batched]
+    torch.onnx.export(
+        request.model,
+        request.inputs,
+        buffer,  # type: ignore[arg-type]  # the older exporter takes a stream, its declaration does not say so
+        input_names=request.input_names,
+        output_names=request.output_names,
+        opset_version=request.opset,
+        dynamic_axes={name: {0: "batch"} for name in inputs + outputs} if request.dynamic else None,
+        dynamo=False,
+    )
+    converted: ir.Model = ir.from_proto(onnx.load_from_string(buffer.getvalue()))
+    if any(node.op_type == "Pad" for node in converted.graph):
+        optimizer.optimize_ir(converted)
+    return converted
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporters from warning (of their own deprecations) and logging; what fails arrives as an exception."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that started it all: exporters wrap theirs in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,77 @@
+"""Padding before a convolution, folded into it. ONNX allows no negative pads in a convolution, so crops become a Slice.
+
+A kernel window away from the centre reads its input through `F.pad` with unequal, partly negative amounts, which
+exporters write as Pad. ONNX Runtime copies the tensor for a Pad, and leaves its blocked convolution layout for it.
+"""
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+LAST = np.iinfo(np.int64).max
+
+
+def fold_pads(model: ir.Model) -> int:
+    """Rewrite each Conv(Pad(x)), in place: pads become the convolution's own, crops a Slice of x. Returns how many.
+
+    Only constant zero padding of the spatial axes is folded; what is computed stays the same.
+    """
+    count = 0
+    for node in model.graph:
+        if node.op_type != "Conv" or node.domain or node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
+            continue
+        pad = node.inputs[0].producer() if node.inputs[0] is not None else None
+        rank = len(node.inputs[1].shape or ()) - 2 if node.inputs[1] is not None else 0
+        amounts = _amounts(pad, rank) if pad is not None and rank > 0 else None
+        if pad is None or amounts is None:
+            continue
+        own = np.array(node.attributes.get_ints("pads", [0] * 2 * rank))
+        node.attributes["pads"] = ir.AttrInt64s("pads", [int(amount) for amount in own + np.maximum(amounts, 0)])
+        node.replace_input_with(0, _crop(model.graph, node, pad.inputs[0], np.maximum(-amounts, 0)))
+        count += 1
+    if count:
+        RemoveUnusedNodesPass()(model)
+    return count
+
+
+def _amounts(pad: ir.Node, rank: int) -> np.ndarray | None:
+    """Spatial pads, those at the beginning of each axis and then those at the end; None if it cannot be folded."""
+    if pad.op_type != "Pad" or pad.domain or pad.attributes.get_string("mode", "constant") != "constant":
+        return None
+    inputs = [*pad.inputs, None, None][:4]
+    constants = [None if value is None else _constant(value) for value in inputs[1:]]
+    if any(value is not None and constant is None for value, constant in zip(inputs[1:], constants, strict=True)):
+        return None
+    amounts, fill, axes = constants
+    if amounts is None or (fill is not None and fill.any()):
+        return None
+    full = np.zeros((2, rank + 2), dtype=np.int64)
+    full[:, slice(None) if axes is None else axes] = amounts.reshape(2, -1)
+    return None if full[:, :2].any() else full[:, 2:].reshape(-1)
+
+
+def _constant(value: ir.Value) -> np.ndarray | None:
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def _crop(graph: ir.Graph, before: ir.Node, value: ir.Value, amounts: np.ndarray) -> ir.Value:
+    """The value without `amounts` rows at the beginnings and ends of its spatial axes."""
+    starts, ends = amounts.reshape(2, -1)
+    axes = np.flatnonzero(starts + ends)
+    if not axes.size:
+        return value
+    bounds = {"starts": starts[axes], "ends": np.where(ends[axes], -ends[axes], LAST), "axes": axes + 2}
+    inputs = [value, *(_initializer(graph, f"{value.name}_crop_{key}", data) for key, data in bounds.items())]
+    node = ir.node("Slice", inputs)
+    node.outputs[0].dtype = value.dtype
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _initializer(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
+    while name in graph.initializers:
+        name += "_"
+    value = ir.Value(name=name, const_value=ir.tensor(data.astype(np.int64), name=name))
+    graph.register_initializer(value)
+    return value
