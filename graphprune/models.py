@@ -1,4 +1,4 @@
-"""Models from spec strings: `timm:resnet18?num_classes=10`, `torchvision:resnet18`, `cifar:resnet20`, `my.module:function`."""
+"""Models from specs: `timm:resnet18?num_classes=10`, `torchvision:resnet18`, `cifar:resnet20`, `module:function`."""
 
 import ast
 import difflib
