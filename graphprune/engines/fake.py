@@ -1,0 +1,121 @@
+"""An engine that computes its timings instead of measuring them: exact, repeatable, for tests."""
+
+import math
+import random
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from graphprune.engines.base import Model, Timing
+from graphprune.errors import InputError, StepError
+
+SECONDS_PER_PRODUCT = 1e-11
+"""Time of one multiply-add."""
+
+SECONDS_PER_NODE = 1e-6
+"""Time of any node, whatever it does."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class FakeEngine:
+    """Times a graph as the sum over its nodes of a constant plus the multiply-adds of convolutions and products.
+
+    Output channels of a convolution count in whole vector blocks of `block`, as they do in real engines. `noise` is
+    the standard deviation of the logarithm of a sample, drawn from `seed`. `failing` holds the numbers (from 0, in
+    order of arrival) of the models whose measurement fails. `models` counts those asked for so far, `calls` the calls
+    of `measure`. Dynamic axes are 1.
+    """
+
+    block: int = 16
+    noise: float = 0.0
+    seed: int = 0
+    failing: Collection[int] = ()
+    models: int = 0
+    calls: int = 0
+
+    @property
+    def identity(self) -> str:
+        """All that the timings depend on."""
+        return f"fake, block {self.block}, noise {self.noise}, seed {self.seed}"
+
+    def run(self, model: Model, inputs: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.generic]]:
+        """The outputs by ONNX's reference implementation. Raises as the contract says."""
+        graph = _load(model)
+        try:
+            outputs: list[NDArray[np.generic]] = ReferenceEvaluator(graph).run(None, dict(inputs))
+        except Exception as error:  # numpy, onnx and the evaluator each raise their own
+            raise StepError(f"the reference evaluator cannot run the model: {error}") from None
+        return outputs
+
+    def measure(self, models: Sequence[Model], rounds: int = 30) -> list[Timing]:
+        """The computed time of each model, `rounds` times, with noise if any."""
+        self.calls += 1
+        generator = random.Random(f"{self.seed} {self.calls}")
+        timings = []
+        for model in models:
+            number, self.models = self.models, self.models + 1
+            try:
+                exact = math.nan if number in self.failing else self.seconds(model)
+            except InputError as error:
+                timings.append(Timing(error=str(error)))
+                continue
+            samples = tuple(exact * math.exp(self.noise * generator.gauss(0, 1)) for _ in range(rounds))
+            timings.append(Timing(error=f"model {number} fails on demand") if math.isnan(exact) else Timing(samples))
+        return timings
+
+    def seconds(self, model: Model) -> float:
+        """The exact time of one run in seconds. Raises InputError for what is no ONNX model."""
+        graph = _fixed(_load(model))
+        shapes = _shapes(graph)
+        products = sum(self._products(node, shapes) for node in graph.graph.node)
+        return products * SECONDS_PER_PRODUCT + len(graph.graph.node) * SECONDS_PER_NODE
+
+    def _products(self, node: Any, shapes: Mapping[str, Shape]) -> int:
+        """Multiply-adds of one node."""
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            return 0
+        left, right, output = shapes[node.input[0]], shapes[node.input[1]], shapes[node.output[0]]
+        if node.op_type == "Conv":
+            channels = math.ceil(output[1] / self.block) * self.block
+            return output[0] * channels * math.prod(output[2:]) * math.prod(right[1:])
+        transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+        return math.prod(output) * (left[0] if transposed else left[-1])
+
+
+def _load(model: Model) -> Any:
+    name = "the model" if isinstance(model, bytes) else str(model)
+    try:
+        loaded = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(Path(model))
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from None
+    except Exception as error:  # protobuf's error, whose class moved between its versions
+        raise InputError(f"{name} is not an ONNX model: {error}") from None
+    if not loaded.graph.node:
+        raise InputError(f"{name} is not an ONNX model: it has no graph")
+    return loaded
+
+
+def _fixed(model: Any) -> Any:
+    """The same model with every dynamic axis 1 and no shapes but those of its inputs."""
+    del model.graph.value_info[:]
+    for entry in model.graph.input:
+        for axis in entry.type.tensor_type.shape.dim:
+            if not axis.HasField("dim_value"):
+                axis.dim_value = 1
+    for entry in model.graph.output:
+        entry.type.tensor_type.ClearField("shape")
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+def _shapes(model: Any) -> dict[str, Shape]:
+    entries = [*model.graph.input, *model.graph.value_info, *model.graph.output]
+    known = {entry.name: tuple(axis.dim_value or 1 for axis in entry.type.tensor_type.shape.dim) for entry in entries}
+    return known | {entry.name: tuple(entry.dims) for entry in model.graph.initializer}
