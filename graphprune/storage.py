@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import OptunaError
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from graphprune.errors import InputError, StepError
 
@@ -42,7 +43,8 @@ def connect(storage: str | Path | None) -> optuna.storages.BaseStorage:
             return _open(url, {})
         file.parent.mkdir(parents=True, exist_ok=True)
         _require_store(file)
-        return _open(url, {"connect_args": {"timeout": LOCK_SECONDS}})
+        # No pool: a connection that is kept open would only be closed, with a warning, by the garbage collector.
+        return _open(url, {"connect_args": {"timeout": LOCK_SECONDS}, "poolclass": NullPool})
 
 
 @contextmanager
