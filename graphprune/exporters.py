@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -124,7 +123,7 @@ def by_dynamo(request: Request) -> ir.Model:
 
 
 def by_torchscript(request: Request) -> ir.Model:
-    """torch's older exporter. Its Pad nodes compute their amounts, which the optimiser turns into constants."""
+    """torch's older exporter: a trace through the model's code."""
     buffer = io.BytesIO()
     inputs = [n for n, batched in zip(request.input_names, request.batched, strict=True) if batched]
     outputs = [n for n, batched in zip(request.output_names, request.batched_outputs, strict=True) if batched]
@@ -138,10 +137,7 @@ def by_torchscript(request: Request) -> ir.Model:
         dynamic_axes={name: {0: "batch"} for name in inputs + outputs} if request.dynamic else None,
         dynamo=False,
     )
-    converted: ir.Model = ir.from_proto(onnx.load_from_string(buffer.getvalue()))
-    if any(node.op_type == "Pad" for node in converted.graph):
-        optimizer.optimize_ir(converted)
-    return converted
+    return ir.from_proto(onnx.load_from_string(buffer.getvalue()))
 
 
 @contextmanager

@@ -4,11 +4,17 @@ A kernel window away from the centre reads its input through `F.pad` with unequa
 exporters write as Pad. ONNX Runtime copies the tensor for a Pad, and leaves its blocked convolution layout for it.
 """
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 LAST = np.iinfo(np.int64).max
+ARITHMETIC = frozenset({"Cast", "Concat", "ConstantOfShape", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators with which torch's older exporter reorders the amounts of a Pad."""
 
 
 def fold_pads(model: ir.Model) -> int:
@@ -34,7 +40,7 @@ def fold_pads(model: ir.Model) -> int:
     return count
 
 
-def _amounts(pad: ir.Node, rank: int) -> np.ndarray | None:
+def _amounts(pad: ir.Node, rank: int) -> NDArray[Any] | None:
     """Spatial pads, those at the beginning of each axis and then those at the end; None if it cannot be folded."""
     if pad.op_type != "Pad" or pad.domain or pad.attributes.get_string("mode", "constant") != "constant":
         return None
@@ -50,12 +56,23 @@ def _amounts(pad: ir.Node, rank: int) -> np.ndarray | None:
     return None if full[:, :2].any() else full[:, 2:].reshape(-1)
 
 
-def _constant(value: ir.Value) -> np.ndarray | None:
-    tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
+def _constant(value: ir.Value) -> NDArray[Any] | None:
+    """What the value always is: a constant, or arithmetic on constants; None where it depends on an input."""
+    if (tensor := ir.convenience.get_const_tensor(value)) is not None:
+        return np.asarray(tensor.numpy())
+    node = value.producer()
+    if node is None or node.domain or node.op_type not in ARITHMETIC:
+        return None
+    feeds = {source.name: _constant(source) for source in node.inputs if source is not None}
+    if any(constant is None for constant in feeds.values()):
+        return None
+    evaluator = ReferenceEvaluator(
+        ir.to_proto(node), opsets=dict(value.graph.opset_imports if value.graph else {"": 18})
+    )
+    return np.asarray(evaluator.run(None, feeds)[0])
 
 
-def _crop(graph: ir.Graph, before: ir.Node, value: ir.Value, amounts: np.ndarray) -> ir.Value:
+def _crop(graph: ir.Graph, before: ir.Node, value: ir.Value, amounts: NDArray[Any]) -> ir.Value:
     """The value without `amounts` rows at the beginnings and ends of its spatial axes."""
     starts, ends = amounts.reshape(2, -1)
     axes = np.flatnonzero(starts + ends)
@@ -69,7 +86,7 @@ def _crop(graph: ir.Graph, before: ir.Node, value: ir.Value, amounts: np.ndarray
     return node.outputs[0]
 
 
-def _initializer(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
+def _initializer(graph: ir.Graph, name: str, data: NDArray[Any]) -> ir.Value:
     while name in graph.initializers:
         name += "_"
     value = ir.Value(name=name, const_value=ir.tensor(data.astype(np.int64), name=name))
