@@ -141,20 +141,21 @@ def measure(
     if not models or rounds < 2:
         raise InputError("a measurement needs at least one model and two rounds")
     names = tuple(f"model {i}" if isinstance(model, bytes) else str(model) for i, model in enumerate(models))
-    timings = _in_new_process(models, rounds, engine) if fresh else engine.measure(models, rounds)
+    timings = _in_new_process(models, names, rounds, engine) if fresh else engine.measure(models, rounds)
     if (error := timings[0].error) is not None:
         raise InputError(error)
     return Measurement(engine.identity, names, tuple(timings))
 
 
-def _in_new_process(models: Sequence[Model], rounds: int, engine: Engine) -> Sequence[Timing]:
+def _in_new_process(models: Sequence[Model], names: Sequence[str], rounds: int, engine: Engine) -> list[Timing]:
     if not isinstance(engine, OnnxRuntimeEngine):
         raise InputError(f"only ONNX Runtime can measure in a new process, not {type(engine).__name__}")
     with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
-        request = {"models": [_as_file(model, Path(folder) / f"{i}.onnx") for i, model in enumerate(models)]}
+        files = [_as_file(model, Path(folder) / f"{index}.onnx") for index, model in enumerate(models)]
+        request = {"models": files, "rounds": rounds, "engine": asdict(engine)}
         process = subprocess.run(
             [sys.executable, "-m", "graphprune.measure"],
-            input=json.dumps({**request, "rounds": rounds, "engine": asdict(engine)}),
+            input=json.dumps(request),
             capture_output=True,
             text=True,
             check=False,
@@ -162,7 +163,8 @@ def _in_new_process(models: Sequence[Model], rounds: int, engine: Engine) -> Seq
     if process.returncode:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1]
         raise StepError(f"the measuring process ended with code {process.returncode}: {last}")
-    return [Timing(tuple(samples), error) for samples, error in json.loads(process.stdout)]
+    answers = zip(json.loads(process.stdout), files, names, strict=True)
+    return [Timing(tuple(samples), error and error.replace(file, name)) for (samples, error), file, name in answers]
 
 
 def _as_file(model: Model, place: Path) -> str:

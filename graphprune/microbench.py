@@ -19,6 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from graphprune.errors import InputError
 from graphprune.operators import Attention, Convolution, Linear, Operator
 
 METHOD = 1
@@ -51,7 +52,12 @@ class Microbench:
 
 
 def microbench(operator: Operator) -> Microbench:
-    """The models that time the operator: (time of `model` - time of `baseline`) / `copies` is one execution."""
+    """The models that time the operator: (time of `model` - time of `baseline`) / `copies` is one execution.
+
+    Raises InputError for an activation that is not known here.
+    """
+    if isinstance(operator, Linear) and operator.activation not in _ACTIVATION:
+        raise InputError(f"unknown activation {operator.activation!r}; known: {', '.join(filter(None, _ACTIVATION))}")
     copies = _copies(operator)
     return Microbench(_build(operator, copies + 1, copies + 1), _build(operator, copies + 1, 1), copies)
 

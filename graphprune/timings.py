@@ -47,7 +47,7 @@ class TimingFile:
     def append(self, entries: Mapping[str, Samples]) -> None:
         """Add the entries. Where they cannot be written, a warning says so: a cache is no reason to fail."""
         lines = [
-            json.dumps({"scope": self.scope, "operator": key, "passes": passes}) for key, passes in entries.items()
+            json.dumps({"scope": self.scope, "operator": key, "samples": samples}) for key, samples in entries.items()
         ]
         # The newline in front ends whatever an interrupted writer may have left.
         data = ("\n" + "\n".join(lines) + "\n").encode()

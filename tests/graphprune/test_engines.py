@@ -1,0 +1,166 @@
+"""What is particular to each engine; what they share is in tests/contracts/test_engine.py."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from graphprune.engines import onnxruntime as module
+from graphprune.engines.fake import SECONDS_PER_NODE, SECONDS_PER_PRODUCT, FakeEngine
+from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+from graphprune.errors import InputError
+
+
+def one_node(
+    operation: str,
+    shape: Sequence[int | str],
+    weight: Sequence[int] | None = None,
+    element: int = TensorProto.FLOAT,
+    **attributes: Any,
+) -> bytes:
+    initialisers = [] if weight is None else [numpy_helper.from_array(np.ones(weight, dtype=np.float32), "w")]
+    node = helper.make_node(operation, ["x", "w"] if initialisers else ["x"], ["y"], **attributes)
+    x = helper.make_tensor_value_info("x", element, shape)
+    graph = helper.make_graph([node], "g", [x], [helper.make_tensor_value_info("y", element, None)], initialisers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("model", "products"),
+    [
+        (one_node("Conv", ["n", 6, 10, 12], [20, 6, 3, 3], pads=[1, 1, 1, 1]), 32 * 6 * 9 * 10 * 12),
+        (one_node("Conv", [2, 6, 10, 12], [16, 6, 3, 1], strides=[2, 2]), 2 * 16 * 6 * 3 * 4 * 6),
+        (one_node("Conv", [1, 16, 8, 8], [16, 1, 3, 3], group=16, pads=[1, 1, 1, 1]), 16 * 9 * 64),
+        (one_node("MatMul", ["batch", 5, 7], [7, 3]), 5 * 7 * 3),
+        (one_node("Gemm", [4, 7], [7, 3]), 4 * 7 * 3),
+        (one_node("Gemm", [7, 4], [3, 7], transA=1, transB=1), 4 * 7 * 3),
+        (one_node("Relu", [1, 1000]), 0),
+    ],
+)
+def test_the_fake_engine_counts_multiply_adds(model: bytes, products: int) -> None:
+    expected = products * SECONDS_PER_PRODUCT + SECONDS_PER_NODE
+    (timing,) = FakeEngine(block=16).measure([model], rounds=3)
+    assert timing.samples == (expected,) * 3
+
+
+def test_a_batch_of_one_stands_for_a_dynamic_axis_in_the_fake_engine() -> None:
+    assert FakeEngine().seconds(one_node("MatMul", ["n", "m", 7], [7, 3])) == pytest.approx(21e-11 + 1e-6)
+
+
+@pytest.mark.parametrize(("block", "padded"), [(4, 20), (8, 24), (16, 32), (32, 32)])
+def test_the_fake_engine_rounds_channels_up_to_its_block(block: int, padded: int) -> None:
+    seconds = FakeEngine(block=block).seconds(one_node("Conv", [1, 8, 4, 4], [18, 8, 1, 1]))
+    assert seconds == pytest.approx(padded * 8 * 16 * SECONDS_PER_PRODUCT + SECONDS_PER_NODE, rel=1e-12)
+
+
+def test_noise_is_repeatable_and_has_the_deviation_that_was_asked_for() -> None:
+    model = one_node("Relu", [1, 3])
+    first, again = (FakeEngine(noise=0.1, seed=3).measure([model], rounds=2000)[0] for _ in range(2))
+    assert first == again
+    assert first != FakeEngine(noise=0.1, seed=4).measure([model], rounds=2000)[0]
+    logarithms = np.log(np.array(first.samples) / SECONDS_PER_NODE)
+    assert logarithms.std() == pytest.approx(0.1, rel=0.1)
+    assert logarithms.mean() == pytest.approx(0.0, abs=0.01)
+
+
+def test_the_fake_engine_fails_on_demand_and_counts() -> None:
+    engine = FakeEngine(failing={1, 2})
+    model = one_node("Relu", [1, 3])
+    failed = [timing.error is not None for timing in engine.measure([model, model]) + engine.measure([model, model])]
+    assert failed == [False, True, True, False]
+    assert (engine.calls, engine.models) == (2, 4)
+
+
+def test_the_identity_of_onnxruntime_names_what_timings_depend_on() -> None:
+    identity = OnnxRuntimeEngine(threads=2).identity
+    for part in (
+        f"onnxruntime {module.onnxruntime.__version__}",
+        "CPUExecutionProvider",
+        "2 threads",
+        module.processor(),
+    ):
+        assert part in identity
+    others = [OnnxRuntimeEngine(), OnnxRuntimeEngine(2, optimisation="basic"), OnnxRuntimeEngine(2, batch=4)]
+    assert len({identity, *(other.identity for other in others)}) == 4
+
+
+def test_an_unknown_provider_is_refused_with_those_available() -> None:
+    with pytest.raises(InputError, match=r"unknown provider 'Cpu'.*CPUExecutionProvider"):
+        OnnxRuntimeEngine(provider="Cpu")
+
+
+@pytest.mark.parametrize("settings", [{"threads": 0}, {"batch": 0}, {"optimisation": "most"}])
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(settings))):
+        OnnxRuntimeEngine(**settings)
+
+
+def test_an_operator_unknown_to_onnxruntime_is_not_called_a_broken_file() -> None:
+    with pytest.raises(InputError, match=r"^ONNX Runtime cannot load the model: .*Nonsense"):
+        OnnxRuntimeEngine().run(one_node("Nonsense", [1, 3]), {})
+
+
+@pytest.mark.parametrize("element", [TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL])
+def test_inputs_of_every_common_type_can_be_made(element: int) -> None:
+    (timing,) = OnnxRuntimeEngine().measure([one_node("Identity", ["n", 3], element=element)], rounds=2)
+    assert timing.error is None
+
+
+def test_an_input_of_another_type_is_an_error_value() -> None:
+    (timing,) = OnnxRuntimeEngine().measure([one_node("Identity", ["n", 3], element=TensorProto.STRING)], rounds=2)
+    assert "tensor(string)" in (timing.error or "")
+
+
+def test_dynamic_axes_are_one_but_the_first_is_the_batch() -> None:
+    # The weight fits only an input [5, 1]; any other size would be an error.
+    model = one_node("Gemm", ["n", "m"], [1, 2])
+    assert OnnxRuntimeEngine(batch=5)._shape(["n", "m", 7]) == (5, 1, 7)
+    assert OnnxRuntimeEngine(batch=5).measure([model], rounds=1)[0].error is None
+
+
+class Clock:
+    """Stands for `time` and for every session: a run of session s takes exactly `seconds[s]`."""
+
+    def __init__(self, seconds: dict[bytes, float]) -> None:
+        self.seconds = seconds
+        self.now = 0.0
+        self.runs: list[bytes] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def session(self, model: bytes, *_: Any, **__: Any) -> Any:
+        def run(_outputs: None, _inputs: object) -> list[Any]:
+            self.now += self.seconds[model]
+            self.runs.append(model)
+            return []
+
+        return SimpleNamespace(run=run, get_inputs=list)
+
+
+def test_samples_are_long_enough_interleaved_and_shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {b"short": 2.0**-13, b"middle": 2.0**-11, b"long": 2.0**-9}  # exact in binary, so that the clock is too
+    clock = Clock(seconds)
+    monkeypatch.setattr(module.onnxruntime, "InferenceSession", clock.session)
+    monkeypatch.setattr(module, "time", clock)
+    timings = OnnxRuntimeEngine().measure(list(seconds), rounds=40)
+    assert [timing.samples for timing in timings] == [(value,) * 40 for value in seconds.values()]
+    # One untimed run, then as many as take at least a millisecond.
+    block = {model: 1 + math.ceil(1e-3 / value) for model, value in seconds.items()}
+    warm_up = 4 * len(seconds)
+    length = sum(block.values())
+    rounds = [clock.runs[i : i + length] for i in range(warm_up, len(clock.runs), length)]
+    orders = [tuple(dict.fromkeys(runs)) for runs in rounds]
+    assert len(rounds) == 40
+    assert rounds == [[model for model in order for _ in range(block[model])] for order in orders]
+    assert set(orders) == set(itertools.permutations(seconds))
+
+
+def test_the_processor_is_named() -> None:
+    assert module.processor().strip()
