@@ -10,8 +10,8 @@ from graphprune.errors import InputError
 from graphprune.graph import Site
 from graphprune.pattern import Level, Pattern
 
-_PLACES = {1: ("top", "middle", "bottom"), 2: ("top", "bottom")}
-_SIDES = {1: ("left", "centre", "right"), 2: ("left", "right")}
+_PLACES: dict[int, tuple[str, ...]] = {1: ("top", "middle", "bottom"), 2: ("top", "bottom"), 3: ()}
+_SIDES: dict[int, tuple[str, ...]] = {1: ("left", "centre", "right"), 2: ("left", "right"), 3: ()}
 
 
 class Kernel(Pattern):
@@ -45,8 +45,8 @@ def _small_windows() -> tuple[Level, ...]:
     levels = []
     for height, width in ((3, 2), (2, 3), (2, 2), (3, 1), (1, 3)):
         for row, column in product(range(4 - height), range(4 - width)):
-            place = [_PLACES[height][row]] * (height < 3) + [_SIDES[width][column]] * (width < 3)
-            levels.append(_level(f"{height}x{width} {' '.join(place)}", 3, (row, row + height), (column, column + width)))
+            place = " ".join(_PLACES[height][row : row + 1] + _SIDES[width][column : column + 1])
+            levels.append(_level(f"{height}x{width} {place}", 3, (row, row + height), (column, column + width)))
     return (*levels, _level("1x1 centre", 3, (1, 2), (1, 2)))
 
 

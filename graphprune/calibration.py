@@ -1,0 +1,154 @@
+"""Calibration: one pass of the dense model over unlabelled images keeps the second moments of every layer's input.
+
+For a layer with weight W [outputs, features] and inputs x (features = in x kh x kw of the unfolded input), the second
+moments C = E[x x^T] tell the exact least-squares error of cutting any set of features, and the weights that attain it,
+without another pass (Hassibi & Stork 1993, Optimal Brain Surgeon; Frantar & Alistarh 2022, OBC).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from graphprune.exported import plain_module
+from graphprune.graph import Layer, ModelGraph
+from graphprune.operators import Convolution
+from graphprune.tracing import operator_name
+
+ROWS_PER_FEATURE = 32
+LEAST_ROWS = 16384
+"""Input vectors kept of each layer, spread evenly over images: enough for its moments to settle."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What calibration knows of one layer.
+
+    `second` [groups, features, features] are the moments E[x x^T] of its input vectors, `mean` [groups, features]
+    their mean, both float64; `weight` [groups, outputs, features] is the dense weight. `free_mean` says that a constant
+    shift of the output costs nothing (a bias or a batch norm takes it up), so errors are measured around the mean.
+    """
+
+    second: Tensor
+    mean: Tensor
+    weight: Tensor
+    free_mean: bool
+
+    @property
+    def matrix(self) -> Tensor:
+        """The moments that errors are measured with: centred where the mean is free."""
+        if not self.free_mean:
+            return self.second
+        return self.second - self.mean[:, :, None] * self.mean[:, None, :]
+
+    @property
+    def energy(self) -> float:
+        """E[|W x|^2], the layer's output energy: the unit of its relative errors."""
+        return float(torch.einsum("gof,gfe,goe->", self.weight, self.matrix, self.weight))
+
+
+Statistics = Mapping[str, Moments]
+"""Moments of each layer with a weight, by the name of its node."""
+
+
+def calibrate(
+    graph: ModelGraph,
+    batches: Sequence[Tensor],
+    progress: Callable[[int, int], None] | None = None,
+) -> Statistics:
+    """Collect the moments of all convolutions and linear layers.
+
+    `batches` are input batches [N, ...] of a model with one input. Memory: features^2 numbers per layer.
+    """
+    module = plain_module(graph.exported).eval()
+    layers = {layer.node: layer for layer in graph.layers if layer.weight}
+    images = sum(len(batch) for batch in batches)
+    per_image = {name: -(-max(LEAST_ROWS, ROWS_PER_FEATURE * _features(layer)) // images) for name, layer in layers.items()}
+    collector = _Collector(module, layers, per_image)
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            collector.run(batch)
+            if progress is not None:
+                progress(number + 1, len(batches))
+    weights = graph.exported.state_dict
+    return {name: collector.moments(layer, weights[layer.weight]) for name, layer in layers.items()}
+
+
+def _features(layer: Layer) -> int:
+    operator = layer.operator
+    if isinstance(operator, Convolution):
+        return operator.inputs // operator.groups * operator.kernel[0] * operator.kernel[1]
+    return layer.inputs.size
+
+
+class _Collector(fx.Interpreter):
+    """Runs the exported graph and adds up the moments of what enters each layer."""
+
+    def __init__(self, module: fx.GraphModule, layers: Mapping[str, Layer], per_image: Mapping[str, int]) -> None:
+        super().__init__(module)
+        self.layers = layers
+        self.per_image = per_image
+        self.sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+        self.random = torch.Generator().manual_seed(0)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name in self.layers:
+            arguments, _ = self.fetch_args_kwargs_from_env(n)
+            self._add(n.name, self._vectors(self.layers[n.name], arguments[0]))
+        return super().run_node(n)
+
+    def _vectors(self, layer: Layer, source: Tensor) -> Tensor:
+        """Input vectors [groups, rows, features] of a layer, a random sample of positions of each image."""
+        keep = self.per_image[layer.node]
+        operator = layer.operator
+        if not isinstance(operator, Convolution):
+            flat = source.reshape(len(source), -1, source.shape[-1])
+            if flat.shape[1] > keep:
+                flat = flat[:, torch.randperm(flat.shape[1], generator=self.random)[:keep]]
+            return flat.reshape(1, -1, source.shape[-1])
+        return unfold(source, operator, keep, self.random)
+
+    def _add(self, name: str, vectors: Tensor) -> None:
+        second = torch.bmm(vectors.transpose(1, 2), vectors).double()
+        mean = vectors.sum(1, dtype=torch.float64)
+        count = vectors.shape[1]
+        if name in self.sums:
+            before = self.sums[name]
+            second, mean, count = second + before[0], mean + before[1], count + before[2]
+        self.sums[name] = (second, mean, count)
+
+    def moments(self, layer: Layer, weight: Tensor) -> Moments:
+        second, mean, count = self.sums[layer.node]
+        groups, features = mean.shape
+        shaped = weight.detach().double().reshape(groups, -1, features)
+        return Moments(second / count, mean / count, shaped, self._free_mean(layer))
+
+    def _free_mean(self, layer: Layer) -> bool:
+        node = next(node for node in self.module.graph.nodes if node.name == layer.node)  # type: ignore[union-attr]
+        biased = len(node.args) > 2 and node.args[2] is not None
+        users = [operator_name(user) for user in node.users if user.op == "call_function"]
+        return biased or users == ["batch_norm"]
+
+
+def unfold(source: Tensor, operator: Convolution, keep: int, random: torch.Generator) -> Tensor:
+    """The input vectors [groups, rows, inputs / groups * kh * kw] of a convolution at up to `keep` outputs per image.
+
+    `source` is [N, inputs, H, W]; the same random output positions are taken of all images.
+    """
+    top, left, bottom, right = operator.padding
+    padded = functional.pad(source, (left, right, top, bottom))
+    rows, columns = operator.output_size
+    positions = torch.randperm(rows * columns, generator=random)[:keep]
+    y = (positions // columns) * operator.stride[0]
+    x = (positions % columns) * operator.stride[1]
+    taps_y = torch.arange(operator.kernel[0]) * operator.dilation[0]
+    taps_x = torch.arange(operator.kernel[1]) * operator.dilation[1]
+    patches = padded[:, :, (y[:, None, None] + taps_y[:, None]), (x[:, None, None] + taps_x[None, :])]
+    images, channels, count = patches.shape[:3]
+    grouped = patches.reshape(images, operator.groups, channels // operator.groups, count, -1)
+    return grouped.permute(1, 0, 3, 2, 4).reshape(operator.groups, images * count, -1)
+
+

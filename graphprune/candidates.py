@@ -1,0 +1,234 @@
+"""From a traced, profiled and calibrated model to the tables that agents decide on.
+
+Every site gets its options: dense, and each legal level of each pattern with the units it keeps. What a whole plan
+costs and how much error it makes are sums of small tables, one for each layer, over the options of the sites that
+touch the layer; so a plan is judged in microseconds.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+
+import numpy as np
+import torch
+
+from graphprune.calibration import Statistics
+from graphprune.compensation import Consumer, rank_by_magnitude, rank_units, solve
+from graphprune.cuts import Cuts, join
+from graphprune.graph import Layer, ModelGraph, Site
+from graphprune.operators import Convolution, Operator
+from graphprune.pattern import Level, Pattern, Scores
+from graphprune.problem import Decision, Factor, Floats, Option, Sum
+from graphprune.profile import Profile
+
+LARGEST_TABLE = 1024
+"""Entries of one layer's table; beyond that its sites count as independent."""
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """An option before its error and gain are known."""
+
+    pattern: str
+    level: str
+    keep: tuple[int, ...]
+    cuts: Cuts
+
+
+@dataclass
+class Candidates:
+    """Builds options and tables. `statistics` are the moments of the calibrated layers, by node."""
+
+    graph: ModelGraph
+    profile: Profile
+    patterns: Sequence[Pattern]
+    statistics: Statistics
+    drafts: dict[str, list[_Draft]] = field(default_factory=dict)
+
+    def collect(self, progress: Progress | None = None) -> None:
+        """Measure what is not in the profile yet and choose the kept units of every legal level."""
+        self.profile.fill(self._structural_operators(), progress)
+        for site in self.graph.all_sites:
+            scores: Scores | None = None
+            drafts = [_Draft("dense", "dense", tuple(range(site.size)), Cuts())]
+            for pattern, level in self._legal(site):
+                if not level.keep and scores is None:
+                    scores = self._scores(site)
+                keep = pattern.choose(site, level, np.zeros(site.size) if scores is None else scores)
+                drafts.append(_Draft(pattern.name, level.name, keep, pattern.rewrite(site, keep)))
+            if len(drafts) > 1:
+                self.drafts[site.name] = drafts
+        self.profile.fill(self._table_operators(), progress)
+
+    def _legal(self, site: Site) -> Iterable[tuple[Pattern, Level]]:
+        for pattern in self.patterns:
+            for level in pattern.legal(self.graph, site, self.profile):
+                yield pattern, level
+
+    def _structural_operators(self) -> list[Operator]:
+        operators = [layer.operator for layer in self.graph.layers]
+        for site in self.graph.all_sites:
+            for pattern in self.patterns:
+                for level in pattern.levels(site, self.profile.block) if site.kind in pattern.kinds else ():
+                    cuts = pattern.rewrite(site, level.keep or tuple(range(level.count)))
+                    operators += [cuts.operator(self.graph.layer[node]) for node in site.layers]
+        return operators
+
+    def _scores(self, site: Site) -> Scores:
+        """How much each unit of a group matters: to its consumers where calibrated, else by weight magnitude."""
+        consumers = [c for node in site.layers if (c := self._consumer(site, self.graph.layer[node])) is not None]
+        if consumers:
+            return rank_units(consumers, site.size)
+        state = self.graph.exported.state_dict
+        weights = []
+        for parameter in self.graph.parameters:
+            for axis, form in enumerate(parameter.axes):
+                if site.atom in form.atoms():
+                    rows = torch.stack([self._rows(form.kept, site.atom, unit) for unit in range(site.size)])
+                    weights.append((state[parameter.name], axis, rows))
+        return rank_by_magnitude(weights, site.size)
+
+    @staticmethod
+    def _rows(kept: Callable[[Mapping[int, np.ndarray]], np.ndarray], atom: int, unit: int) -> torch.Tensor:  # type: ignore[type-arg]
+        return torch.from_numpy(kept({atom: np.array([unit])}))
+
+    def _consumer(self, site: Site, layer: Layer) -> Consumer | None:
+        moments = self.statistics.get(layer.node)
+        if moments is None or len(moments.second) > 1 or site.atom not in layer.inputs.atoms():
+            return None
+        taps = moments.second.shape[-1] // layer.inputs.size
+        channels = torch.stack([self._rows(layer.inputs.kept, site.atom, unit) for unit in range(site.size)])
+        features = channels[:, :, None] * taps + torch.arange(taps)
+        return Consumer(moments, features.flatten(1))
+
+    # --- tables --------------------------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites with a choice, in the order of the graph."""
+        return [site for site in self.graph.all_sites if site.name in self.drafts]
+
+    def _touching(self, layer: Layer) -> list[int]:
+        return [number for number, site in enumerate(self.sites) if layer.node in site.layers]
+
+    def cuts(self, choices: Sequence[int]) -> Cuts:
+        """What a choice vector cuts."""
+        return join(*(self.drafts[site.name][index].cuts for site, index in zip(self.sites, choices, strict=True)))
+
+    def _table_operators(self) -> list[Operator]:
+        operators: list[Operator] = []
+        for layer in self.graph.layers:
+            for factor in self._blocks(self._touching(layer)):
+                operators += [self._cut(factor, options).operator(layer) for options in self._combinations(factor)]
+        return operators
+
+    def _blocks(self, sites: list[int]) -> list[list[int]]:
+        """The sites of a layer as one table, or one by one where that would be too large."""
+        entries = prod(len(self.drafts[self.sites[site].name]) for site in sites)
+        return [sites] if entries <= LARGEST_TABLE else [[site] for site in sites]
+
+    def _combinations(self, sites: Sequence[int]) -> Iterable[tuple[int, ...]]:
+        return product(*(range(len(self.drafts[self.sites[site].name])) for site in sites))
+
+    def _cut(self, sites: Sequence[int], options: Sequence[int]) -> Cuts:
+        names = [self.sites[site].name for site in sites]
+        return join(*(self.drafts[name][option].cuts for name, option in zip(names, options, strict=True)))
+
+    def _factors(self, layer: Layer, sites: list[int], value: Callable[[Cuts], float]) -> list[Factor]:
+        """Tables of `value(cuts)` for one layer; beyond the first block only what a cut changes is added."""
+        factors = []
+        blocks = self._blocks(sites)
+        for block in blocks:
+            shape = [len(self.drafts[self.sites[site].name]) for site in block]
+            entries = [value(self._cut(block, options)) for options in self._combinations(block)]
+            table: Floats = np.array(entries, dtype=np.float64).reshape(shape)
+            if len(blocks) > 1:
+                table = table - table.flat[0]
+            factors.append(Factor(tuple(block), table))
+        if len(blocks) > 1:
+            factors.append(Factor((), np.array(value(Cuts()))))
+        return factors
+
+    def cost(self, value: Callable[[Operator], float], whole: float) -> Sum:
+        """A cost of all layers as a share of `whole`; what the layers do not explain of it is a constant."""
+        dense = sum(value(layer.operator) for layer in self.graph.layers)
+        scale = min(1.0, whole / dense) / whole
+        constant, factors = max(0.0, whole - dense) / whole, []
+        for layer in self.graph.layers:
+            sites = self._touching(layer)
+            if not sites:
+                constant += scale * value(layer.operator)
+                continue
+            for factor in self._factors(layer, sites, lambda cuts, layer=layer: value(cuts.operator(layer))):  # type: ignore[misc]
+                factors.append(Factor(factor.sites, factor.table * scale))
+        return Sum(constant, tuple(factors))
+
+    def error(self) -> Sum:
+        """The total relative error of all layers, exact for each layer, added over layers (OBC's independence)."""
+        factors: list[Factor] = []
+        for layer in self.graph.layers:
+            sites = [number for number in self._touching(layer) if self._reads(self.sites[number], layer)]
+            if sites and layer.node in self.statistics:
+                factors += self._factors(layer, sites, lambda cuts, layer=layer: self._layer_error(layer, cuts))  # type: ignore[misc]
+        return Sum(0.0, tuple(factors + self._uncalibrated(factors)))
+
+    def _reads(self, site: Site, layer: Layer) -> bool:
+        dense = layer.groups is None
+        return site.kind == "kernel" or (dense and site.atom in layer.inputs.atoms())
+
+    def _layer_error(self, layer: Layer, cuts: Cuts) -> float:
+        kept = kept_features(layer, cuts)
+        moments = self.statistics[layer.node]
+        if len(kept) == moments.second.shape[-1]:
+            return 0.0
+        return solve(moments, kept)[1]
+
+    def _uncalibrated(self, factors: Sequence[Factor]) -> list[Factor]:
+        """Sites that no calibrated layer reads: the share of units that goes is their error."""
+        known = {site for factor in factors for site in factor.sites}
+        missing = [number for number in range(len(self.sites)) if number not in known]
+        return [
+            Factor((n,), np.array([1 - len(draft.keep) / site.size for draft in self.drafts[site.name]]))
+            for n in missing
+            if (site := self.sites[n])
+        ]
+
+    def decisions(self, error: Sum, nodes: Mapping[str, int]) -> tuple[Decision, ...]:
+        """The sites as agents see them; `nodes` numbers the nodes of the graph view."""
+        dense = [0] * len(self.sites)
+        result = []
+        for number, site in enumerate(self.sites):
+            layers = [self.graph.layer[node] for node in site.layers]
+            options = []
+            for index, draft in enumerate(self.drafts[site.name]):
+                alone = (*dense[:number], index, *dense[number + 1 :])
+                gain = self.profile.gain((x.operator for x in layers), (draft.cuts.operator(x) for x in layers))
+                kept = len(draft.keep) / site.size
+                geometry = _bits(site, draft.keep) if site.kind == "kernel" else ()
+                options.append(Option(draft.pattern, draft.level, draft.keep, kept, error(alone), gain, geometry))
+            result.append(Decision(site.name, site.kind, nodes[site.node], tuple(options)))
+        return tuple(result)
+
+
+def kept_features(layer: Layer, cuts: Cuts) -> torch.Tensor:
+    """The features (channel-major unfolded inputs, in each group) of a layer that stay."""
+    if not isinstance(layer.operator, Convolution):
+        return torch.from_numpy(layer.inputs.kept(cuts.keep))
+    height, width = layer.operator.kernel
+    (top, bottom), (left, right) = cuts.windows.get(layer.node, ((0, height), (0, width)))
+    taps = np.arange(height * width).reshape(height, width)[top:bottom, left:right].reshape(-1)
+    channels = np.arange(layer.operator.inputs // layer.operator.groups)
+    if layer.groups is None:
+        channels = layer.inputs.kept(cuts.keep)
+    return torch.from_numpy((channels[:, None] * (height * width) + taps[None, :]).reshape(-1))
+
+
+def _bits(site: Site, keep: Sequence[int]) -> tuple[int, ...]:
+    """The kept positions of a kernel as 3x3 bits; larger kernels are sampled at their edges and middle."""
+    height, width = site.kernel
+    rows = (0, height // 2, height - 1)
+    columns = (0, width // 2, width - 1)
+    kept = set(keep)
+    return tuple(int(row * width + column in kept) for row in rows for column in columns)

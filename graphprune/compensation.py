@@ -1,0 +1,113 @@
+"""Closed-form scores and weights: what a cut costs a layer, which units to keep, and the best weights left.
+
+With moments C and kept features S the weight W C[:,S] C[S,S]^-1 is the least-squares one, and the layer's error is
+tr(W (C - C[:,S] C[S,S]^-1 C[S,:]) W^T). Units are removed one batch after another by the Optimal Brain Surgeon score
+tr(W_u (C^-1)_uu^-1 W_u^T), with W and C^-1 updated after each batch (Frantar & Alistarh 2022).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from graphprune.calibration import Moments
+
+RIDGE = 1e-4
+"""Added to the diagonal of the moments, as a share of its mean: calibration data leaves directions unseen."""
+STEPS = 16
+"""Removal batches of a ranking: more is closer to one unit at a time and slower."""
+
+
+def ridged(matrix: Tensor) -> Tensor:
+    """The moments [groups, features, features] with the ridge on the diagonal."""
+    diagonal = torch.diagonal(matrix, dim1=1, dim2=2)
+    ridge = RIDGE * diagonal.mean(1, keepdim=True) + 1e-12
+    return matrix + torch.diag_embed(ridge.expand_as(diagonal))
+
+
+def solve(moments: Moments, kept: Tensor, outputs: Tensor | None = None) -> tuple[Tensor, float]:
+    """The best weight [groups, outputs, kept] on kept features (indices, the same in each group), and the error.
+
+    The error is a share of the layer's output energy; 0 when all features stay, up to the ridge.
+    """
+    matrix = ridged(moments.matrix)
+    weight = moments.weight if outputs is None else moments.weight[:, outputs]
+    cross, inner = matrix[:, :, kept], matrix[:, kept][:, :, kept]
+    target = weight @ cross
+    best = torch.linalg.solve(inner, target.transpose(1, 2)).transpose(1, 2)
+    total = torch.einsum("gof,gfe,goe->", weight, matrix, weight)
+    left = total - (best * target).sum()
+    return best, max(0.0, float(left / total.clamp_min(1e-30)))
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A dense layer that reads a group: its moments, and the features of each unit [units, features per unit]."""
+
+    moments: Moments
+    features: Tensor
+
+
+def rank_units(consumers: Sequence[Consumer], units: int) -> NDArray[np.float64]:
+    """Scores [units] of a group's units for its consumers: the later a unit is removed, the higher its score."""
+    states = [_State(consumer) for consumer in consumers]
+    scores = np.full(units, float(units))
+    alive = torch.ones(units, dtype=torch.bool)
+    removed, batch = 0, max(1, units // STEPS)
+    while removed < units - 1:
+        saliency = sum((state.saliency() for state in states), torch.zeros(units, dtype=torch.float64))
+        saliency[~alive] = torch.inf
+        chosen = torch.argsort(saliency)[: min(batch, units - 1 - removed)]
+        for state in states:
+            state.remove(chosen)
+        alive[chosen] = False
+        scores[chosen.numpy()] = removed + np.arange(len(chosen))
+        removed += len(chosen)
+    return scores
+
+
+class _State:
+    """Weights and inverse moments of one consumer while units are being removed from it."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        moments = consumer.moments
+        self.features = consumer.features
+        self.inverse = torch.linalg.inv(ridged(moments.matrix)[0])
+        self.weight = moments.weight[0].clone()
+        self.energy = max(moments.energy, 1e-30)
+        self.gone = torch.zeros(len(consumer.features), dtype=torch.bool)
+
+    def saliency(self) -> Tensor:
+        """The error that removing each unit alone would add, as a share of the layer's energy."""
+        scores = torch.full((len(self.features),), torch.inf, dtype=torch.float64)
+        left = self.features[~self.gone]
+        blocks = self.inverse[left[:, :, None], left[:, None, :]]
+        weights = self.weight[:, left].permute(1, 2, 0)
+        scores[~self.gone] = (weights * torch.linalg.solve(blocks, weights)).sum((1, 2)) / self.energy
+        return scores
+
+    def remove(self, units: Tensor) -> None:
+        """Take units out; the remaining weights take over what they can."""
+        columns = self.features[units].reshape(-1)
+        block = torch.linalg.inv(self.inverse[columns][:, columns])
+        side = self.inverse[:, columns] @ block
+        self.weight = self.weight - self.weight[:, columns] @ side.T
+        self.inverse = self.inverse - side @ self.inverse[columns]
+        self.weight[:, columns] = 0
+        self.gone[units] = True
+
+
+def rank_by_magnitude(weights: Sequence[tuple[Tensor, int, Tensor]], units: int) -> NDArray[np.float64]:
+    """Data-free scores [units]: the squared norm of all weights of a unit.
+
+    `weights` holds (weight, axis, indices [units, rows]) for each parameter axis that the group runs through.
+    """
+    scores = np.zeros(units)
+    for weight, axis, rows in weights:
+        squared = weight.detach().double().square().transpose(0, axis).flatten(1).sum(1)
+        share = squared[rows].sum(1) / squared.sum().clamp_min(1e-30)
+        scores += share.cpu().numpy()
+    return scores
