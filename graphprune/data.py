@@ -87,14 +87,18 @@ def _digits(options: Options) -> Task:
 
 
 def _cifar10(folder: Path, options: Options) -> Task:
+    def test() -> Images:
+        return read_cifar10(folder, options, train=False)
+
+    return _Split("cifar10", read_cifar10(folder, options, train=True), test, crop_and_flip, 1024, 2000).cut(options)
+
+
+def read_cifar10(folder: Path, options: Options, train: bool) -> Images:
+    """All training or all test images. Raises InputError when the folder has neither of the two layouts."""
     read = _read_sheets if (folder / "train_labels.npy").is_file() else _read_torchvision
-
-    def images(train: bool) -> Images:
-        pixels, labels = read(folder, train)
-        size = options.image_size or TILE
-        return Images(pixels, labels, options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD, size)
-
-    return _Split("cifar10", images(True), lambda: images(False), crop_and_flip, 1024, 2000).cut(options)
+    pixels, labels = read(folder, train)
+    size = options.image_size or TILE
+    return Images(pixels, labels, options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD, size)
 
 
 def _read_torchvision(folder: Path, train: bool) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,19 @@ def load(folder: Path, options: Options) -> Task:
     held = options.validation or min(SLICE, max(1, len(samples) // 5))
     if held >= len(samples):
         raise InputError(f"{folder} has {len(samples)} images, too few to validate on {held} of them")
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    return _task([samples[i] for i in order[held:]], [samples[i] for i in order[:held]], folder, options)
+    samples = _shuffled(samples, options.seed)
+    return _task(samples[held:], samples[:held], folder, options)
+
+
+def _shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """In seeded order: files are listed class by class, and slices are cut from the front."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [samples[i] for i in order]
 
 
 def _task(training: Sequence[Sample], validation: Sequence[Sample], folder: Path, options: Options) -> Task:
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    calibrating = [training[i] for i in order[: options.calibration or SLICE]]
+    calibrating = _shuffled(training, options.seed)[: options.calibration or SLICE]
+    validating = _shuffled(validation, options.seed)[: options.validation]
     calibration = tuple(inputs for inputs, _ in _batches(calibrating, options))
     has_test = (folder / "train").is_dir() and (folder / "test").is_dir()
     classes = {Path(path).parent.name for path, _ in training} if has_test else set()
@@ -57,7 +63,7 @@ def _task(training: Sequence[Sample], validation: Sequence[Sample], folder: Path
         name="imagefolder",
         example_inputs=(calibration[0][torch.tensor([0, -1])],),
         calibration=calibration,
-        validation=tuple(_batches(validation[: options.validation or len(validation)], options)),
+        validation=tuple(_batches(validating, options)),
         train=lambda seed: _Epoch(training, options, seed),
         test=(lambda: _batches(_part(folder / "test", sorted(classes)), options)) if has_test else None,
         mean=options.mean or IMAGENET_MEAN,
@@ -84,11 +90,12 @@ def _unlabelled(folder: Path, options: Options) -> Task:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
     if len(paths) < 2:
         raise InputError(f"{folder} holds {len(paths)} images; an unlabelled task needs at least two")
-    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    limit = (options.calibration or SLICE) + (options.validation or SLICE)
-    samples: list[Sample] = [(str(paths[i]), None) for i in order[:limit]]
+    validating = options.validation or min(SLICE, len(paths) // 2)
+    calibrating = options.calibration or min(SLICE, len(paths) - validating)
+    samples = _shuffled([(str(path), None) for path in paths], options.seed)[: calibrating + validating]
     images = torch.cat([inputs for inputs, _ in _batches(samples, options)])
-    return Task.unlabelled(images, batch_size=options.batch_size, name="imagefolder")
+    task = Task.unlabelled(images, options.batch_size, calibrating, name="imagefolder")
+    return replace(task, mean=options.mean or IMAGENET_MEAN, std=options.std or IMAGENET_STD)
 
 
 def _batches(samples: Sequence[Sample], options: Options) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -110,11 +117,11 @@ class _Epoch:
         return max(1, len(self.samples) // self.options.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        order = torch.randperm(len(self.samples), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        samples = _shuffled(self.samples, self.seed)
         transform, size = _transform(self.options, training=True), self.options.batch_size
         for batch in range(len(self)):
             with seeded(derive(self.seed, batch)):  # timm's transforms draw from the global generators
-                made = _batch([self.samples[i] for i in order[batch * size : (batch + 1) * size]], transform)
+                made = _batch(samples[batch * size : (batch + 1) * size], transform)
             yield made
 
 

@@ -62,26 +62,32 @@ def load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's tensors, named `optimizer.<parameter>.<name>`, and the rest of its state as JSON values."""
-    state = optimizer.state_dict()
+    """An optimiser's tensors, named `optimizer.<state or groups>.<index>.<name>`, and its other values for JSON."""
+    whole = optimizer.state_dict()
+    entries = {"state": whole["state"], "groups": dict(enumerate(whole["param_groups"]))}
     tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                scalars.setdefault(str(index), {})[name] = value
-    return tensors, {"state": scalars, "groups": state["param_groups"]}
+    rest: dict[str, Any] = {part: {str(index): {} for index in values} for part, values in entries.items()}
+    for part, values in entries.items():
+        for index, entry in values.items():
+            for name, value in entry.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{part}.{index}.{name}"] = value
+                else:
+                    rest[part][str(index)][name] = value
+    return tensors, rest
 
 
 def load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
     """The inverse of `optimizer_state` (tensors without the prefix); the optimiser is a fresh one of the same kind."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["state"].items()}
+    entries = {part: {int(index): dict(entry) for index, entry in values.items()} for part, values in rest.items()}
     for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        parameter = parameters[int(index)]
-        same = tensor.shape == parameter.shape  # then in the same memory layout too, so that sums round as they did
-        state.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(tensor) if same else tensor
-    optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+        part, index, name = key.split(".", 2)
+        entries[part][int(index)][name] = _laid_out(tensor, parameters[int(index)]) if part == "state" else tensor
+    groups = [entries["groups"][index] for index in sorted(entries["groups"])]
+    optimizer.load_state_dict({"state": entries["state"], "param_groups": groups})
+
+
+def _laid_out(tensor: Tensor, owner: Tensor) -> Tensor:
+    """A tensor of the owner's shape in the owner's memory layout too, so that sums over both round as they did."""
+    return torch.empty_like(owner).copy_(tensor) if tensor.shape == owner.shape else tensor

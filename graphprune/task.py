@@ -143,23 +143,28 @@ class Task:
         )
 
     @classmethod
-    def unlabelled(cls, images: Tensor | NDArray[Any], batch_size: int = 64, name: str = "unlabelled") -> Self:
+    def unlabelled(
+        cls,
+        images: Tensor | NDArray[Any],
+        batch_size: int = 64,
+        calibration: int | None = None,
+        name: str = "unlabelled",
+    ) -> Self:
         """A task from normalised images [N, C, H, W] alone: the metric is agreement with the dense model.
 
-        The first half calibrates (and trains, shifted and mirrored), the second half validates. Raises InputError for
-        fewer than two images, for other shapes or dtypes, and for NaN.
+        The first `calibration` images (default: half) calibrate and train, shifted and mirrored; the others validate.
+        Raises InputError when one of the two parts would be empty, for other shapes or dtypes, and for NaN.
         """
         tensor = torch.as_tensor(np.asarray(images) if not isinstance(images, Tensor) else images)
         if tensor.ndim != 4 or not tensor.is_floating_point():
             raise InputError(f"images must be floats [N, C, H, W], normalised, not {tensor.dtype} {list(tensor.shape)}")
-        if len(tensor) < 2:
-            raise InputError(
-                f"at least two images are needed, one half calibrates and one validates; got {len(tensor)}"
-            )
+        cut = len(tensor) // 2 if calibration is None else calibration
+        if not 0 < cut < len(tensor):
+            raise InputError(f"{len(tensor)} images cannot be split into {cut} that calibrate and some that validate")
         tensor = tensor.detach().float()
         if not bool(torch.isfinite(tensor).all()):
             raise InputError("the images hold NaN or infinite values")
-        first, second = tensor[: len(tensor) // 2], tensor[len(tensor) // 2 :]
+        first, second = tensor[:cut], tensor[cut:]
         return cls(
             name=name,
             example_inputs=(_two(first),),

@@ -23,6 +23,8 @@ from graphprune.task import Data, Task, first_output
 Progress = Callable[[int, float, float], None]
 """Called after each epoch with its number (from 1), its mean loss and the validation accuracy."""
 History = tuple[tuple[int, float, float], ...]
+TICKS = 1000
+"""Steps of the learning rate's schedule in one epoch, however many batches it has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,7 @@ def fit(
     """
     if task.train is None:
         raise InputError(f"task {task.name!r} has no training data")
+    device = _device(model)
     facts = {
         "recipe": asdict(recipe),
         "identity": checkpoint.identity if checkpoint else "",
@@ -79,7 +82,7 @@ def fit(
             progress(*run.history[-1])
     averaged = run.scores[1] > run.scores[0]
     trained = run.average.module if averaged else run.student
-    trained.to(_device(model)).to(memory_format=torch.contiguous_format)
+    trained.to(device).to(memory_format=torch.contiguous_format)
     return Trained(trained.eval(), max(run.scores), run.history, setting)
 
 
@@ -117,9 +120,9 @@ class _Run:
         self.optimizer = create_optimizer_v2(self.student, **options)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
-            t_initial=recipe.epochs,
+            t_initial=recipe.epochs * TICKS,
             lr_min=options["lr"] / 1000,
-            warmup_t=recipe.warmup * recipe.epochs,
+            warmup_t=round(recipe.warmup * recipe.epochs * TICKS),
             warmup_lr_init=options["lr"] / 100,
         )
         self.average = ModelEmaV3(self.student, decay=recipe.ema_decay, use_warmup=True)
@@ -137,7 +140,7 @@ class _Run:
             steps = len(epoch) if isinstance(epoch, Sized) else math.inf  # without a length the rate moves per epoch
             self.student.train()
             for step, (inputs, targets) in enumerate(epoch):
-                self.scheduler.step(number + step / steps)
+                self.scheduler.step(int((number + step / steps) * TICKS))
                 losses.append(self._step(inputs, targets))
         if not losses:
             raise InputError(f"task {self.task.name!r} has no training data")
