@@ -1,0 +1,136 @@
+"""`prune` and `finetune`: from a dense model to a folder with a faster one."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import typer
+
+import graphprune as gp
+from graphprune.commands import base, outcome
+from graphprune.commands.base import Answer, Data, Folder, InputSize, Model, OwnModel, Threads, Verb, Weights
+from graphprune.console import Bars
+from graphprune.errors import InputError
+from graphprune.layout import STUDY
+
+_TARGET = "Target (at least one; several may be combined)"
+
+
+def _bound(text: str, metavar: str = "SHARE") -> object:
+    return typer.Option(metavar=metavar, help=text, rich_help_panel=_TARGET)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Verb):
+    """Search the best pruned MODEL that meets a target, fine-tune it, export it and prove the speed-up.
+
+    DIR then holds dense.onnx, pruned.onnx, plan.json, model.safetensors, result.json and report.html. A run that was
+    stopped goes on where it was when the same command is given again.
+
+    Example: graphprune prune 'timm:resnet18?num_classes=5' --weights my.safetensors --data imagefolder:photos
+    --latency 0.5 --epochs 20
+    """
+
+    stopped: ClassVar[str] = "stopped; every finished trial is kept: give the same command again to go on from there"
+
+    model: Model
+    data: Data
+    weights: Weights = None
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")] = Path("out")
+
+    latency: Annotated[float | None, _bound("Measured latency as a share of the dense model's, e.g. 0.5.")] = None
+    flops: Annotated[float | None, _bound("FLOPs as a share of the dense model's.")] = None
+    params: Annotated[float | None, _bound("Parameters as a share of the dense model's.")] = None
+    latency_ms: Annotated[float | None, _bound("Latency in milliseconds, batch 1.", "MS")] = None
+    flops_g: Annotated[float | None, _bound("FLOPs in billions (a multiply-add counts as 2).", "GFLOPS")] = None
+    params_m: Annotated[float | None, _bound("Parameters in millions.", "MILLIONS")] = None
+
+    agent: Annotated[str, typer.Option(metavar="NAME", help="Who searches: autosculpt, dp, random, ...")] = "autosculpt"
+    rivals: Annotated[
+        str, typer.Option(metavar="NAMES", help="Agents to compare with, e.g. uniform,dp.", show_default=False)
+    ] = ""
+    trials: Annotated[int, typer.Option(metavar="N", help="Plans that may be evaluated.")] = 200
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the search and of the data slices.")] = 0
+    epochs: Annotated[int, typer.Option(metavar="N", help="Epochs of fine-tuning afterwards; 0: none.")] = 10
+    test: Annotated[bool, typer.Option("--test", help="Read the test set, once, for the final table.")] = False
+    study: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where trials are stored. Default: study.db in --out.")
+    ] = None
+    threads: Threads = 1
+    input_size: InputSize = None
+
+    def run(self) -> Answer:
+        """Search, fine-tune, deliver."""
+        from graphprune import delivery, models, steps
+        from graphprune.recipe import Recipe
+
+        target, engine = self._target(), base.engine(self.threads)
+        if self.epochs < 0 or self.trials < 1:
+            raise InputError("--epochs must be at least 0 and --trials at least 1")
+        dense = models.create(self.model, self.weights).eval()
+        task = steps.load_task(self.data, self.model, dense, self.input_size, self.seed)
+        with Bars() as bars:
+            result = gp.search(
+                dense,
+                task,
+                target,
+                self.agent,
+                self.trials,
+                self.seed,
+                engine=engine,
+                study=self.study or self.out / STUDY,
+                rivals=[name.strip() for name in self.rivals.split(",") if name.strip()],
+                progress=bars.update,
+            )
+            result = replace(result, spec=self.model, notes=(*self._warnings(), *result.notes))
+            found = result.record
+            if self.epochs:
+                recipe = Recipe(epochs=self.epochs, seed=self.seed)
+                result = steps.tune(result, task, recipe, self.out, bars.epochs("finetune", self.epochs))
+            delivered = delivery.deliver(result, self.out, engine, bars.update, title=f"{self.model} on {self.data}")
+        answer = outcome.answer(delivered, steps.accuracies(delivered.result, task, self.test))
+        return outcome.with_rivals(answer, delivered, found) if delivered.result.rivals else answer
+
+    def _target(self) -> "gp.Target":
+        bounds = (self.latency, self.flops, self.params, self.latency_ms, self.flops_g, self.params_m)
+        if all(bound is None for bound in bounds):
+            raise InputError("no target is given: add for example --latency 0.5 (half of the dense model's)")
+        return gp.Target(*bounds)
+
+    def _warnings(self) -> tuple[str, ...]:
+        trained = self.weights is not None or "pretrained=True" in self.model or self.model.count(":") == 0
+        return () if trained else ("no --weights are given: the dense model is untrained unless its code loads some",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Verb):
+    """Fine-tune the pruned model in DIR further, by distillation from its dense model, and write DIR anew."""
+
+    stopped: ClassVar[str] = "stopped; every finished epoch is kept: give the same command again to go on from there"
+
+    folder: Folder
+    data: Data
+    epochs: Annotated[int, typer.Option(metavar="N", help="Epochs of training.")] = 30
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The dense model's weights. Default: dense.safetensors in DIR."),
+    ] = None
+    model: OwnModel = None
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the training and of the data slices.")] = 0
+    test: Annotated[bool, typer.Option("--test", help="Read the test set, once, for the final table.")] = False
+    threads: Threads = 1
+
+    def run(self) -> Answer:
+        """Restore, fine-tune, deliver."""
+        from graphprune import delivery, steps
+        from graphprune.recipe import Recipe
+
+        engine = base.engine(self.threads)
+        result = delivery.restore(self.folder, self.model, self.weights)
+        size = result.graph.inputs[0][1][-1]
+        task = steps.load_task(self.data, result.spec, result.dense, size, self.seed)
+        with Bars() as bars:
+            recipe = Recipe(epochs=self.epochs, seed=self.seed)
+            result = steps.tune(result, task, recipe, self.folder, bars.epochs("finetune", self.epochs))
+            delivered = delivery.deliver(result, self.folder, engine, bars.update, title=f"{result.spec}, {self.data}")
+        return outcome.answer(delivered, steps.accuracies(delivered.result, task, self.test))

@@ -1,0 +1,149 @@
+"""`trace` and `profile`: what a model is made of, what may be cut, and what the engine would gain from it."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+import graphprune as gp
+from graphprune.commands import base
+from graphprune.commands.base import Answer, InputSize, Model, Threads, Verb, Weights
+from graphprune.console import Bars
+
+if TYPE_CHECKING:
+    from graphprune.cuts import Cuts
+    from graphprune.graph import ModelGraph, Site
+    from graphprune.pattern import Level, Pattern
+    from graphprune.profile import Profile as OperatorProfile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace(Verb):
+    """Show what can be cut in MODEL: what is cut together, where decisions are taken, what is frozen and why."""
+
+    model: Model
+    weights: Weights = None
+    input_size: InputSize = None
+    gains: Annotated[
+        bool, typer.Option("--gains", help="Show measured gains; what this machine has not timed yet is timed now.")
+    ] = False
+    threads: Threads = 1
+
+    def run(self) -> Answer:
+        """Trace, print the tables."""
+        graph = traced(self.model, self.weights, self.input_size)
+        profile = operator_profile(self.threads) if self.gains else None
+        gains = measured_gains(graph, profile) if profile else {}
+        frozen = [group for group in graph.all_groups if group.frozen]
+        facts = {
+            "model": self.model,
+            "signature": graph.signature,
+            "flops": graph.flops,
+            "params": graph.parameter_count,
+            "layers": len(graph.layers),
+            "groups": [asdict(group) for group in graph.all_groups],
+            "sites": [asdict(site) | {"gains": gains.get(site.name)} for site in graph.all_sites],
+        }
+        head = (
+            f"{self.model}: {len(graph.layers)} layers, {graph.flops / 1e6:.1f} M FLOPs, "
+            f"{graph.parameter_count / 1e3:.1f} k weights; {len(graph.all_groups)} groups ({len(frozen)} frozen), "
+            f"{len(graph.all_sites)} sites"
+        )
+        return Answer(facts, (head, Text(str(graph.groups())), Text(str(graph.sites(profile)))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile(Verb):
+    """Time the layers of MODEL, dense and under each pattern, and keep the times for this machine.
+
+    Without MODEL: what is known of this machine's engine.
+    """
+
+    stopped: ClassVar[str] = "stopped; all times measured so far are kept"
+
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=base.MODELS, show_default=False)] = None
+    input_size: InputSize = None
+    threads: Threads = 1
+
+    def run(self) -> Answer:
+        """Measure, print what each layer costs and what a pattern gains."""
+        profile = operator_profile(self.threads)
+        about: dict[str, Any] = {"engine": profile.engine.identity, "cache": str(profile.cache)}
+        if self.model is None:
+            facts = about | {"block": profile.block, "noise": profile.noise}
+            return Answer(facts, (_about(profile),))
+        graph = traced(self.model, None, self.input_size)
+        gains = measured_gains(graph, profile)
+        times = {layer.node: profile.seconds(layer.operator) for layer in graph.layers}
+        facts = about | {
+            "model": self.model,
+            "block": profile.block,
+            "noise": profile.noise,
+            "layers": {node: None if math.isnan(seconds) else seconds for node, seconds in times.items()},
+            "gains": gains,
+        }
+        return Answer(facts, (_about(profile), _layer_table(graph, times), Text(str(graph.sites(profile)))))
+
+
+def operator_profile(threads: int) -> "OperatorProfile":
+    """The machine's profile for ONNX Runtime with this many threads."""
+    from graphprune.profile import Profile
+
+    return Profile(base.engine(threads))
+
+
+def traced(spec: str, weights: Path | None, size: int | None) -> "ModelGraph":
+    """The graph of a model at the input size that it declares, or at `size`."""
+    from graphprune import models, surgery
+
+    model = models.create(spec, weights)
+    return gp.trace(model, surgery.example_inputs((("float32", base.input_shape(spec, model, size)),)))
+
+
+def measured_gains(graph: "ModelGraph", profile: "OperatorProfile") -> dict[str, dict[str, float]]:
+    """Site -> "pattern level" -> dense time / pruned time, where the gain exceeds the noise; measured if need be."""
+    from graphprune import registry
+
+    gains: dict[str, dict[str, float]] = {}
+    with Bars() as bars:
+        for number, site in enumerate(graph.all_sites):
+            bars.update("profile", number, len(graph.all_sites), site.name)
+            layers = [graph.layer[node] for node in site.layers]
+            gains[site.name] = {
+                f"{pattern.name} {level.name}": profile.gain(
+                    [layer.operator for layer in layers],
+                    [_cut(pattern, site, level).operator(layer) for layer in layers],
+                )
+                for pattern in registry.patterns().values()
+                for level in pattern.legal(graph, site, profile)
+            }
+        bars.update("profile", len(graph.all_sites), len(graph.all_sites))
+    return gains
+
+
+def _cut(pattern: "Pattern", site: "Site", level: "Level") -> "Cuts":
+    """What a level cuts; which units stay does not matter to the time."""
+    return pattern.rewrite(site, level.keep or tuple(range(level.count)))
+
+
+def _about(profile: "OperatorProfile") -> str:
+    return (
+        f"{profile.engine.identity}\ntimes are kept in {profile.cache}\nvector block {profile.block} channels, "
+        f"noise of a time {100 * profile.noise:.1f} %"
+    )
+
+
+def _layer_table(graph: "ModelGraph", times: dict[str, float]) -> Table:
+    table = Table("layer", "operator", title="what each dense layer costs", title_justify="left")
+    table.add_column("ms", justify="right")
+    table.add_column("share", justify="right")
+    whole = sum(seconds for seconds in times.values() if not math.isnan(seconds))
+    for layer in graph.layers:
+        seconds = times[layer.node]
+        share = f"{100 * seconds / whole:.1f} %"
+        table.add_row(layer.module or layer.node, type(layer.operator).__name__.lower(), f"{1e3 * seconds:.4f}", share)
+    return table
