@@ -26,27 +26,28 @@ def chain(length: int) -> bytes:
 
 def simulate(ratio: float, generator: np.random.Generator, rounds: int = 50) -> tuple[Timing, Timing]:
     """A pair whose true ratio of medians is known: lognormal noise, part of it common to both samples of a round."""
-    common = generator.normal(0, 0.1, rounds)
-    dense, candidate = (np.exp(common + generator.normal(0, 0.03, rounds)) for _ in range(2))
+    common = generator.normal(0, 0.05, rounds)
+    dense, candidate = (np.exp(common + generator.normal(0, 0.05, rounds)) for _ in range(2))
     return Timing(tuple(dense)), Timing(tuple(ratio * candidate))
 
 
 def test_the_interval_covers_the_true_ratio_as_often_as_it_says() -> None:
     generator = np.random.default_rng(1)
-    ratio, trials = 0.7, 400
+    ratio, trials = 0.7, 300
     shares = [share(*simulate(ratio, generator), "e") for _ in range(trials)]
     covered = np.mean([found.low <= ratio <= found.high for found in shares])
-    # 3 binomial deviations below 95 %; above, as the percentile interval of a median errs to the wide side.
-    assert 0.95 - 3 * (0.95 * 0.05 / trials) ** 0.5 <= covered <= 0.995
+    # 3 binomial deviations of 95 %; one more above, as the percentile interval of a median errs to the wide side.
+    deviation = (0.95 * 0.05 / trials) ** 0.5
+    assert 0.95 - 3 * deviation <= covered <= 0.95 + 4 * deviation
     widths = np.array([found.high - found.low for found in shares])
     errors = np.array([found.value for found in shares]) - ratio
-    assert np.median(widths) < 2 * 1.96 * errors.std() * 1.35  # no wider than it needs to be
+    assert np.median(widths) < 2 * 1.96 * errors.std() * 1.2  # no wider than it needs to be
 
 
 def test_the_same_model_twice_is_no_difference_and_a_real_one_is_seen() -> None:
     generator = np.random.default_rng(2)
-    same = [verdict(share(*simulate(1.0, generator), "e")) for _ in range(200)]
-    assert same.count("no difference beyond noise") >= 190
+    same = [verdict(share(*simulate(1.0, generator), "e")) for _ in range(100)]
+    assert same.count("no difference beyond noise") >= 94
     assert verdict(share(*simulate(0.8, generator), "e")) == "faster"
     assert verdict(share(*simulate(1.25, generator), "e")) == "slower"
 
