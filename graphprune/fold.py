@@ -81,7 +81,8 @@ def _crop(graph: ir.Graph, before: ir.Node, value: ir.Value, amounts: NDArray[An
     bounds = {"starts": starts[axes], "ends": np.where(ends[axes], -ends[axes], LAST), "axes": axes + 2}
     inputs = [value, *(_initializer(graph, f"{value.name}_crop_{key}", data) for key, data in bounds.items())]
     node = ir.node("Slice", inputs)
-    node.outputs[0].dtype = value.dtype
+    if value.dtype is not None:  # the TorchScript exporter types no values inside the graph
+        node.outputs[0].dtype = value.dtype
     graph.insert_before(before, node)
     return node.outputs[0]
 

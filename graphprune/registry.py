@@ -2,9 +2,13 @@
 
 from functools import cache
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
 from graphprune.errors import InputError
 from graphprune.pattern import Pattern
+
+if TYPE_CHECKING:
+    from graphprune.agents.base import Agent
 
 
 @cache
@@ -21,3 +25,10 @@ def pattern(name: str) -> Pattern:
     if name not in patterns():
         raise InputError(f"unknown pattern {name!r}; known are {', '.join(sorted(patterns()))}")
     return patterns()[name]
+
+
+def agent(name: str) -> "Agent":
+    """A new agent by name. Raises InputError for an unknown one."""
+    from graphprune.agents import create
+
+    return create(name)

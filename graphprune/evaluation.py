@@ -1,0 +1,147 @@
+"""From a choice vector to a record: cut, repair, judge, and measure what would become the best."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from graphprune.calibration import Statistics
+from graphprune.candidates import Candidates
+from graphprune.counting import count
+from graphprune.cuts import Cuts
+from graphprune.engines.base import Engine
+from graphprune.errors import StepError
+from graphprune.export import onnx_bytes
+from graphprune.exported import cut_program
+from graphprune.graph import ModelGraph
+from graphprune.machine import environment
+from graphprune.measure import measure
+from graphprune.plan import Plan
+from graphprune.problem import Choices, Sum
+from graphprune.record import Record, Share
+from graphprune.repair import compensate, reestimate_batch_norm
+from graphprune.study import Study
+from graphprune.surgery import cut_module, perform
+from graphprune.task import Task
+
+NORM_IMAGES = 512
+"""Calibration images over which a candidate's batch-norm statistics are averaged."""
+TRIAL_ROUNDS = 20
+Listener = Callable[[Record], None]
+
+
+@dataclass
+class Workbench:
+    """Cuts and repairs copies of one dense model. The route of surgery is found once and checked there."""
+
+    model: nn.Module
+    graph: ModelGraph
+    statistics: Statistics
+    task: Task
+    own_class: bool = True
+    attributes: tuple[tuple[str, str], ...] = ()
+
+    def probe(self, cuts: Cuts) -> None:
+        """Find how this model is cut, by a cut that touches everything that candidates may touch."""
+        outcome = perform(self.model, self.graph, cuts)
+        self.own_class, self.attributes = outcome.own_class, outcome.attributes
+
+    def build(self, cuts: Cuts) -> nn.Module:
+        """A cut, compensated copy in evaluation mode."""
+        if self.own_class:
+            pruned = cut_module(self.model, self.graph, cuts, self.attributes)
+        else:
+            pruned = cut_program(self.graph, cuts, self.model)
+        compensate(pruned, self.graph, cuts, self.statistics)
+        reestimate_batch_norm(pruned, self._norm_batches())
+        return pruned.eval()
+
+    def _norm_batches(self) -> Sequence[torch.Tensor]:
+        batches, images = [], 0
+        for batch in self.task.calibration:
+            if images >= NORM_IMAGES:
+                break
+            batches.append(batch)
+            images += len(batch)
+        return batches
+
+
+@dataclass
+class Evaluator:
+    """Judges choice vectors. Failure is a value; identical plans are served from the study.
+
+    `costs` predict shares of the dense model, `limits` bound them. A record is feasible when the prediction, and the
+    measured latency where there is one, keep to the limits.
+    """
+
+    bench: Workbench
+    candidates: Candidates
+    costs: Mapping[str, Sum]
+    limits: Mapping[str, float]
+    engine: Engine
+    dense_onnx: bytes
+    study: Study
+    plan_of: Callable[[Choices], Plan]
+    agent: str
+    seed: int
+    listener: Listener | None = None
+    best: float = field(default=-1.0)
+
+    def __call__(self, choices: Choices) -> Record:
+        """The record of a choice vector, new or from the study."""
+        plan = self.plan_of(choices)
+        record = self.study.find(plan)
+        if record is None:
+            record = self._judge(plan, choices)
+            self.study.add(record)
+        record = replace(record, feasible=self._feasible(record))
+        if record.feasible and record.accuracy is not None:
+            self.best = max(self.best, record.accuracy)
+        if self.listener is not None:
+            self.listener(record)
+        return record
+
+    def _judge(self, plan: Plan, choices: Choices) -> Record:
+        start = time.perf_counter()
+        blank = Record(
+            plan, predicted=self.predict(choices), agent=self.agent, seed=self.seed, environment=environment()
+        )
+        try:
+            record = self._evaluate(blank, choices)
+        except Exception as error:  # whatever a candidate does wrong, the search goes on
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            record = replace(blank, error=f"{type(error).__name__}: {text}")
+        record = replace(record, seconds=time.perf_counter() - start)
+        return replace(record, feasible=self._feasible(record))
+
+    def _evaluate(self, blank: Record, choices: Choices) -> Record:
+        pruned = self.bench.build(self.candidates.cuts(choices))
+        counts = count(pruned, self.bench.task.example_inputs)
+        accuracy = self.bench.task.accuracy(pruned)
+        record = replace(blank, accuracy=accuracy, flops=counts.flops, params=counts.params)
+        if accuracy > self.best and self._feasible(record):
+            record = replace(record, measured=self.measure(pruned))
+        return record
+
+    def predict(self, choices: Choices) -> dict[str, float]:
+        """Predicted shares of the dense model."""
+        return {name: cost(choices) for name, cost in self.costs.items()}
+
+    def measure(self, pruned: nn.Module, rounds: int = TRIAL_ROUNDS, fresh: bool = False) -> Share:
+        """The measured latency share of a module at batch 1. Raises StepError where it cannot be run."""
+        candidate = onnx_bytes(pruned, self.bench.task.example_inputs)
+        measurement = measure([self.dense_onnx, candidate], rounds=rounds, engine=self.engine, fresh=fresh)
+        share = measurement.shares[-1]
+        if share is None:
+            raise StepError(measurement.timings[-1].error or "the candidate could not be measured")
+        return share
+
+    def _feasible(self, record: Record) -> bool:
+        if record.error is not None or record.accuracy is None:
+            return False
+        shares = dict(record.predicted)
+        if record.measured is not None:
+            shares["latency"] = record.measured.value
+        return all(shares[name] <= limit * (1 + 1e-9) for name, limit in self.limits.items())

@@ -1,0 +1,320 @@
+"""One search, end to end: trace, profile, calibrate, let the agent choose, and verify what it found."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import nn
+
+from graphprune import models
+from graphprune.calibration import calibrate
+from graphprune.candidates import Candidates
+from graphprune.counting import count
+from graphprune.engines.base import Engine
+from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+from graphprune.errors import InputError, StepError, TargetError
+from graphprune.evaluation import Evaluator, Workbench
+from graphprune.export import onnx_bytes
+from graphprune.graph import ModelGraph
+from graphprune.machine import environment
+from graphprune.measure import share
+from graphprune.plan import Plan
+from graphprune.problem import BudgetSpent, Choices, Factor, Problem, Sum
+from graphprune.profile import Profile
+from graphprune.record import Record, Share
+from graphprune.registry import agent as create_agent
+from graphprune.registry import patterns
+from graphprune.result import Result
+from graphprune.study import Study, label
+from graphprune.surgery import remember
+from graphprune.target import Target
+from graphprune.task import Task
+from graphprune.tracing import trace
+from graphprune.views import graph_view
+
+Progress = Callable[[str, int, int, str], None]
+"""Called with the stage, the steps done, their number, and a note such as the best result so far."""
+PROBES = 5
+"""Random plans near the target that are measured before the search, to correct the predicted latency."""
+MARGIN = 0.98
+"""The search aims a little below the latency target, so that the verified upper bound still meets it."""
+FINALISTS = 8
+VERIFY_ROUNDS = 60
+
+
+def _quiet(stage: str, done: int, total: int, note: str) -> None:
+    """No progress is shown."""
+
+
+def search(  # noqa: PLR0913 - the public entry: what is searched, for what, by whom, and where it is kept
+    model: nn.Module | str,
+    task: Task,
+    target: Target,
+    agent: str = "autosculpt",
+    trials: int = 200,
+    seed: int = 0,
+    *,
+    engine: Engine | None = None,
+    study: str | Path | None = None,
+    rivals: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Result:
+    """Find the most accurate pruned model that meets the target, with at most `trials` evaluations by each agent.
+
+    `model` is a module or a spec string. `engine` (ONNX Runtime, one thread) is what latency means. `study` is an SQLite
+    file or a storage URL: a killed search that is started again with the same arguments goes on where it was. `rivals`
+    names agents that get the same problem for comparison. Never fine-tunes. Raises InputError for input that cannot
+    be used, TargetError, with the best that can be reached, where no plan meets the target.
+    """
+    if trials < 1:
+        raise InputError(f"a search needs at least one trial, not {trials}")
+    for name in (agent, *rivals):
+        create_agent(name)
+    spec, module = (model, models.create(model)) if isinstance(model, str) else ("", model)
+    session = _Session.prepare(module, task, target, engine or OnnxRuntimeEngine(), study, progress or _quiet)
+    problem = session.solve(agent, trials, seed)
+    result = session.verify(problem, agent, seed)
+    others = {name: session.verify(session.solve(name, trials, seed), name, seed).record for name in rivals}
+    return replace(result, spec=spec, rivals=others, study="" if study is None else str(study))
+
+
+@dataclass
+class _Session:
+    """Everything that the agents of one search share."""
+
+    module: nn.Module
+    graph: ModelGraph
+    task: Task
+    target: Target
+    engine: Engine
+    candidates: Candidates
+    bench: Workbench
+    costs: dict[str, Sum]
+    limits: dict[str, float]
+    error: Sum
+    study: Study
+    dense: Record
+    dense_onnx: bytes
+    progress: Progress
+
+    @classmethod
+    def prepare(  # noqa: PLR0913, PLR0917 - the arguments of `search`
+        cls, module: nn.Module, task: Task, target: Target, engine: Engine, study: str | Path | None, progress: Progress
+    ) -> "_Session":
+        """Trace, profile, calibrate, and build the tables."""
+        progress("trace", 0, 1, "")
+        graph = remember(module, trace(module, task.example_inputs))
+        task = task.with_reference(module)
+        counts = count(module, task.example_inputs)
+        dense_onnx = onnx_bytes(module, task.example_inputs)
+        timing = engine.measure([dense_onnx])[0]
+        if timing.error is not None:
+            raise StepError(f"the dense model does not run: {timing.error}")
+        dense = Record(
+            Plan(graph.signature, (), graph.inputs), task.accuracy(module), predicted={"latency": 1.0},
+            measured=share(timing, timing, engine.identity), flops=counts.flops, params=counts.params,
+            environment=environment(),
+        )  # fmt: skip
+        progress("trace", 1, 1, f"{len(graph.nodes)} operators, {len(graph.all_sites)} sites")
+        statistics = calibrate(graph, task.calibration, lambda done, total: progress("calibrate", done, total, ""))
+        profile = Profile(engine)
+        candidates = Candidates(graph, profile, list(patterns().values()), statistics)
+        candidates.collect(lambda done, total: progress("profile", done, total, "operators"))
+        costs = {
+            "latency": candidates.cost(profile.seconds, sum(profile.seconds(layer.operator) for layer in graph.layers)),
+            "flops": candidates.cost(lambda operator: operator.flops, counts.flops),
+            "params": candidates.cost(lambda operator: operator.parameters, counts.params),
+        }
+        limits = target.shares({"latency": timing.median, "flops": counts.flops, "params": counts.params})
+        bench = Workbench(module, graph, statistics, task)
+        store = Study.open(study, _study_name(module, graph, task, engine), _labels(candidates))
+        session = cls(
+            module, graph, task, target, engine, candidates, bench, costs, limits, candidates.error(), store,
+            dense, dense_onnx, progress,
+        )  # fmt: skip
+        session._check_reachable()
+        session._correct_latency()
+        return session
+
+    # --- the problem ---------------------------------------------------------------------------------------------
+
+    def problem(self, trials: int, limits: dict[str, float]) -> Problem:
+        """The problem that agents get, without an evaluator yet."""
+        graph, profile = self.graph, self.candidates.profile
+        nodes = {node.name: number for number, node in enumerate(graph.nodes)}
+        total = sum(profile.seconds(layer.operator) for layer in graph.layers)
+        latency = {layer.node: profile.seconds(layer.operator) / total for layer in graph.layers}
+        return Problem(
+            self.candidates.decisions(self.error, nodes), graph_view(graph, latency, self._curves()),
+            {name: self.costs[name] for name in limits}, limits, self.error, _no_evaluator, trials,
+            graph.signature, graph.inputs,
+        )  # fmt: skip
+
+    def _curves(self) -> dict[str, list[float]]:
+        """The error of each site's options at its node, as five quantiles."""
+        curves: dict[str, list[float]] = {}
+        dense = [0] * len(self.candidates.sites)
+        for number, site in enumerate(self.candidates.sites):
+            options = range(len(self.candidates.drafts[site.name]))
+            errors = [self.error((*dense[:number], option, *dense[number + 1 :])) for option in options]
+            curves[site.node] = np.quantile(errors, [0, 0.25, 0.5, 0.75, 1]).tolist()
+        return curves
+
+    def _aims(self) -> dict[str, float]:
+        return {name: limit * (MARGIN if name == "latency" else 1.0) for name, limit in self.limits.items()}
+
+    def _check_reachable(self) -> None:
+        problem = self.problem(1, self._aims())
+        self.bench.probe(self.candidates.cuts(problem.cheapest))
+        if not problem.feasible(problem.cheapest):
+            reach = ", ".join(f"{name} {cost(problem.cheapest):.2f}" for name, cost in problem.costs.items())
+            asked = ", ".join(f"{name} {limit:.2f}" for name, limit in self.limits.items())
+            raise TargetError(f"no plan meets {asked} of the dense model; the best that can be reached is {reach}")
+
+    def _correct_latency(self) -> None:
+        """Scale what the layers save by what a few random plans near the target really save.
+
+        The profile knows layers alone; what else the model does, and what the engine fuses, is in this one factor. It
+        compares times measured in the same moment, so it does not matter when the profile was made.
+        """
+        if "latency" not in self.limits or not self.candidates.sites:
+            return
+        problem = self.problem(PROBES, self._aims())
+        evaluator = self._evaluator(problem, "probe", 0)
+        rng, ratios = np.random.default_rng(0), []
+        for number in range(PROBES):
+            choices = random_walk(problem, rng)
+            saved = 1 - self.costs["latency"](choices)
+            ratios.append((1 - evaluator.measure(self.bench.build(self.candidates.cuts(choices))).value) / saved)
+            self.progress("profile", number + 1, PROBES, "whole models")
+        factor = median(ratios)
+        self.costs["latency"] = corrected(self.costs["latency"], factor)
+        self._check_reachable()
+
+    def _evaluator(self, problem: Problem, agent: str, seed: int) -> Evaluator:
+        return Evaluator(
+            self.bench, self.candidates, self.costs, self.limits, self.engine, self.dense_onnx, self.study,
+            problem.plan, agent, seed,
+        )  # fmt: skip
+
+    # --- search and verification -----------------------------------------------------------------------------------
+
+    def solve(self, agent: str, trials: int, seed: int) -> Problem:
+        """Run one agent; its records are in the problem."""
+        problem = self.problem(trials, self._aims())
+        evaluator = self._evaluator(problem, agent, seed)
+        evaluator.listener = lambda record: self._report(problem, agent)
+        problem.evaluator = evaluator
+        try:
+            create_agent(agent).run(problem, np.random.default_rng(seed))
+        except BudgetSpent:
+            pass
+        if not any(record.accuracy is not None for record in problem.records):
+            reasons = {record.error for record in problem.records if record.error}
+            raise StepError(f"no candidate of {agent} could be evaluated: {'; '.join(sorted(reasons)) or 'none was tried'}")
+        return problem
+
+    def _report(self, problem: Problem, agent: str) -> None:
+        best = max((r for r in problem.records), key=lambda record: record.rank, default=None)
+        note = agent
+        if best is not None and best.accuracy is not None and best.feasible:
+            at = best.measured.value if best.measured else best.predicted["latency"]
+            note = f"{agent}: best {best.accuracy:.1%} at {at:.2f} of dense latency"
+        self.progress("search", len(problem.records) + 1, problem.trials, note)
+
+    def verify(self, problem: Problem, agent: str, seed: int) -> Result:
+        """Measure the best plans again, in a fresh process where the engine allows it, and take the first that holds."""
+        evaluator = self._evaluator(problem, agent, seed)
+        ranked = sorted((r for r in problem.records if r.accuracy is not None), key=lambda r: r.rank, reverse=True)
+        finalists = list({record.plan: record for record in ranked}.values())[:FINALISTS]
+        seen: list[tuple[float, Record, nn.Module]] = []
+        for number, record in enumerate(finalists):
+            pruned = self.bench.build(self.candidates.cuts(self._choices(record.plan)))
+            fresh = isinstance(self.engine, OnnxRuntimeEngine)
+            measured = evaluator.measure(pruned, VERIFY_ROUNDS, fresh)
+            checked = replace(record, measured=measured)
+            excess = max(self._excess(checked).values())
+            checked = replace(checked, feasible=excess <= 0)
+            seen.append((excess, checked, pruned))
+            self.progress("verify", number + 1, len(finalists), f"{agent}: {measured.value:.3f} of dense latency")
+            if excess <= 0:
+                break
+        excess, record, pruned = seen[-1] if seen[-1][0] <= 0 else min(seen, key=lambda entry: entry[0])
+        return Result(
+            pruned, self.module, self.graph, record.plan, record, self.dense, self.target,
+            records=tuple(problem.records), met=excess <= 0, notes=tuple(self._notes(record, excess)),
+        )  # fmt: skip
+
+    def _excess(self, record: Record) -> dict[str, float]:
+        """By how much each bound is missed (negative: kept), latency by the upper end of its interval."""
+        assert record.measured is not None
+        have = {
+            "latency": record.measured.high,
+            "flops": record.flops / max(self.dense.flops, 1),
+            "params": record.params / max(self.dense.params, 1),
+        }
+        return {name: have[name] - limit for name, limit in self.limits.items()}
+
+    def _choices(self, plan: Plan) -> Choices:
+        chosen = {choice.site: choice for choice in plan.choices}
+        vector = []
+        for site in self.candidates.sites:
+            choice = chosen.get(site.name)
+            drafts = self.candidates.drafts[site.name]
+            vector.append(
+                next(n for n, d in enumerate(drafts) if (d.pattern, d.keep) == (choice.pattern, choice.keep))
+                if choice
+                else 0
+            )
+        return tuple(vector)
+
+    def _notes(self, record: Record, excess: float) -> list[str]:
+        notes = []
+        if excess > 0:
+            worst = max(self._excess(record), key=lambda name: self._excess(record)[name])
+            notes.append(f"the target was missed: {worst} is {self._excess(record)[worst]:.3f} above its limit")
+        if record.measured is not None and record.measured.high >= 1:
+            notes.append("the pruned model is not measurably faster than the dense one")
+        if not self.bench.own_class:
+            notes.append("sizes are written in the module's code: the result is the exported graph, not your class")
+        return notes
+
+
+def _no_evaluator(choices: Choices) -> Record:
+    raise StepError("this problem is not to be evaluated")
+
+
+def random_walk(problem: Problem, rng: np.random.Generator) -> Choices:
+    """A plan drawn uniformly under the mask."""
+    choices: Choices = ()
+    for _ in problem.decisions:
+        choices = (*choices, int(rng.choice(np.flatnonzero(problem.mask(choices)))))
+    return choices
+
+
+def corrected(cost: Sum, factor: float) -> Sum:
+    """A cost share whose savings are multiplied by `factor`; the dense model stays at 1."""
+    factor = factor if isfinite(factor) and factor > 0 else 1.0
+    factors = tuple(Factor(f.sites, f.table * factor) for f in cost.factors)
+    return Sum(1 - factor + factor * cost.constant, factors)
+
+
+def _labels(candidates: Candidates) -> dict[str, list[str]]:
+    return {
+        site.name: [label(draft.pattern, draft.level) for draft in candidates.drafts[site.name][1:]]
+        for site in candidates.sites
+    }
+
+
+def _study_name(module: nn.Module, graph: ModelGraph, task: Task, engine: Engine) -> str:
+    """Names what a stored accuracy and latency belong to: the model with its weights, the data and the engine."""
+    digest = hashlib.sha256(f"{graph.signature} {engine.identity}".encode())
+    tensors = [*module.state_dict().values(), *(x for x, _ in task.validation), *task.calibration]
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {torch.sum(tensor.double()).item()!r}".encode())
+    return f"{type(module).__name__} {task.name} {digest.hexdigest()[:12]}"
