@@ -1,0 +1,191 @@
+"""A problem as a Gymnasium environment: one decision after another, judged once all of them are taken."""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from graphprune.problem import Problem
+from graphprune.record import Record
+
+BAND = 0.05
+"""How far a plan may miss its budget before its accuracy no longer counts (AutoSculpt, arXiv 2412.18091)."""
+FAILURE = -1.0
+"""The reward of a plan that could not be evaluated, and of an action that the mask forbids."""
+OPTION_FEATURES = 5
+STATE_FEATURES = 5
+BOUND = 10.0
+"""Features are clipped to this range, so that the observation space is bounded."""
+Observation = dict[str, NDArray[Any]]
+
+
+def reward(problem: Problem, record: Record, choices: tuple[int, ...]) -> float:
+    """Accuracy inside 5 % of the budget, minus what the budget is overrun by; -1 for a plan that failed.
+
+    The overrun is the predicted one or, where it is larger, the measured one. AutoSculpt also withholds the accuracy
+    of plans more than 5 % *below* the budget; here being faster than asked is no fault.
+    """
+    if record.accuracy is None or record.error is not None:
+        return FAILURE
+    overrun = problem.overrun(choices)
+    if record.measured is not None and "latency" in problem.limits:
+        overrun = max(overrun, record.measured.value / problem.limits["latency"])
+    accuracy = record.accuracy if overrun <= 1 + BAND else 0.0
+    return max(FAILURE, accuracy - max(0.0, overrun - 1))
+
+
+class Observer:
+    """Turns prefixes of choice vectors into observations, many at once.
+
+    All figures are exact values of the problem's tables: what an option adds and saves *given what is decided*.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.sites = len(problem.decisions)
+        self.options = max((len(decision.options) for decision in problem.decisions), default=1)
+        self._dense = np.array(problem.dense, dtype=np.int64)
+        self._cheapest = np.array(problem.cheapest, dtype=np.int64)
+        self._base = problem.error(problem.dense)
+        self._scale = max(abs(problem.error(problem.cheapest) - self._base), 1e-9)
+        self._unit = max(problem.overrun(problem.dense), 1e-9)
+
+    @property
+    def space(self) -> spaces.Dict:
+        """The observation space of one environment."""
+        return spaces.Dict(
+            {
+                "site": spaces.Box(0, self.sites, (1,), np.int64),
+                "decided": spaces.Box(-1, self.options - 1, (self.sites,), np.int64),
+                "options": spaces.Box(-BOUND, BOUND, (self.options, OPTION_FEATURES), np.float32),
+                "state": spaces.Box(-BOUND, BOUND, (STATE_FEATURES,), np.float32),
+            }
+        )
+
+    def __call__(self, prefixes: NDArray[np.int64]) -> Observation:
+        """The observations of N prefixes of one length [N, decided sites]; every array has a leading N."""
+        count, site = prefixes.shape
+        decided = np.full((count, self.sites), -1, dtype=np.int64)
+        decided[:, :site] = prefixes
+        options = np.zeros((count, self.options, OPTION_FEATURES), dtype=np.float32)
+        if site < self.sites:
+            values = self._option_features(decided, site)
+            options[:, : values.shape[1]] = np.clip(values, -BOUND, BOUND)
+        return {
+            "site": np.full((count, 1), site, dtype=np.int64),
+            "decided": decided,
+            "options": options,
+            "state": np.clip(self._state_features(decided, site), -BOUND, BOUND).astype(np.float32),
+        }
+
+    def masks(self, prefixes: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """The action wall [N, widest site's options]; after the last site every action is shown as open."""
+        count, site = prefixes.shape
+        masks = np.zeros((count, self.options), dtype=np.bool_)
+        if site == self.sites:
+            return ~masks
+        legal = self.problem.masks(prefixes)
+        masks[:, : legal.shape[1]] = legal
+        return masks
+
+    def _option_features(self, decided: NDArray[np.int64], site: int) -> NDArray[np.float64]:
+        """[N, options, 5]: error added (twice: log), cost saved, overrun with the rest cheapest, log rate."""
+        problem = self.problem
+        dense = np.where(decided >= 0, decided, self._dense)
+        cheapest = np.where(decided >= 0, decided, self._cheapest)
+        errors = problem.error.sweep(dense, site, len(problem.decisions[site].options))
+        added = (errors - errors[:, :1]) / self._scale * self.sites
+        overruns = problem.sweep_overruns(dense, site)
+        saved = (overruns[:, :1] - overruns) / self._unit * self.sites
+        reach = problem.sweep_overruns(cheapest, site)
+        floor = np.log(np.maximum(added, 0) + 1e-3)
+        rate = floor - np.log(np.maximum(saved, 0) + 1e-3)
+        return np.stack([added, floor / 3, saved, reach, rate / 3], axis=2)
+
+    def _state_features(self, decided: NDArray[np.int64], site: int) -> NDArray[np.float64]:
+        """[N, 5]: progress, overrun if the rest is dense or cheapest, error so far, how hard the rest must be cut."""
+        dense = np.where(decided >= 0, decided, self._dense)
+        high = self.problem.overruns(dense)
+        low = self.problem.overruns(np.where(decided >= 0, decided, self._cheapest))
+        errors = (self.problem.error.batch(dense) - self._base) / self._scale
+        pressure = np.clip((high - 1) / np.maximum(high - low, 1e-6), 0, 1)
+        progress = np.full(len(decided), site / max(self.sites, 1))
+        return np.stack([progress, high, low, errors, pressure], axis=1)
+
+
+class PruningEnv(gymnasium.Env[Observation, np.int64]):  # type: ignore[misc]
+    """One pruning decision per site of a problem; version 1.
+
+    ## Description
+    The agent walks the sites of a model in order and picks an option for each. When the last one is decided the plan
+    is evaluated once, which spends one of the problem's trials.
+
+    ## Action Space
+    `Discrete(n)`, n being the widest site's number of options: the index of the option, 0 keeps the site dense.
+    `action_masks()` says which indices exist at the current site and leave the target reachable. Any other action
+    ends the episode with reward -1 and spends no trial.
+
+    ## Observation Space
+    A `Dict`: `site` [1] is the site to decide, `decided` [sites] the options taken so far (-1: none yet), `options`
+    [n, 5] and `state` [5] are exact values of the error and cost tables given what is decided (see `Observer`). The
+    model graph never changes, so it is not repeated in each observation: it is `problem.graph`.
+
+    ## Rewards
+    0 until the last site; then the accuracy if the budget is met within 5 %, minus the overrun. -1 for a failure.
+    Rewards are not meant to be discounted (gamma 1).
+
+    ## Starting State
+    Nothing is decided. It is always the same: the environment draws no random numbers.
+
+    ## Episode End
+    *Terminated*: every site is decided (or the action was forbidden). *Truncated*: no trial is left.
+
+    ## Arguments
+    `problem`: the problem to solve.
+
+    ## Version History
+    1: first version.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own declaration)
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.observer = Observer(problem)
+        self.observation_space = self.observer.space
+        self.action_space = spaces.Discrete(self.observer.options)
+        self._prefix: tuple[int, ...] = ()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode: nothing is decided."""
+        super().reset(seed=seed)
+        self._prefix = ()
+        return self._observation(), {}
+
+    def step(self, action: np.int64) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Decide the next site. The record of a finished plan is `info["record"]`."""
+        if self.problem.remaining <= 0:
+            return self._observation(), 0.0, False, True, {}
+        if not self.action_masks()[int(action)]:
+            return self._observation(), FAILURE, True, False, {}
+        self._prefix = (*self._prefix, int(action))
+        if len(self._prefix) < self.observer.sites:
+            return self._observation(), 0.0, False, False, {}
+        record = self.problem.evaluate(self._prefix)
+        value = reward(self.problem, record, self._prefix)
+        return self._observation(), value, True, self.problem.remaining <= 0, {"record": record}
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Which actions are legal now: [n]."""
+        only: NDArray[np.bool_] = self.observer.masks(self._prefixes())[0]
+        return only
+
+    def _prefixes(self) -> NDArray[np.int64]:
+        return np.array([self._prefix], dtype=np.int64).reshape(1, len(self._prefix))
+
+    def _observation(self) -> Observation:
+        return {name: values[0] for name, values in self.observer(self._prefixes()).items()}
