@@ -50,8 +50,9 @@ def product(parts: Sequence[Axis]) -> Axis:
 
 
 def concatenation(parts: Sequence[Axis]) -> Axis:
-    """Axes one after the other."""
-    return parts[0] if len(parts) == 1 else Axis(sum(part.size for part in parts), "sum", list(parts))
+    """Axes one after the other; empty ones vanish."""
+    kept = [part for part in parts if part.size] or list(parts[:1])
+    return kept[0] if len(kept) == 1 else Axis(sum(part.size for part in kept), "sum", kept)
 
 
 def freeze(axis: Axis, reason: str) -> None:
@@ -67,6 +68,10 @@ def unify(one: Axis, other: Axis, reason: str) -> None:
     """Make two axes of equal size the same; `reason` names the operator, for what cannot be lined up."""
     one, other = find(one), find(other)
     if one is other or one.size == 1 or other.size == 1:
+        return
+    if one.size != other.size:
+        for axis in (one, other):
+            freeze(axis, f"{reason}: the sizes differ")
         return
     if one.kind != "atom" and other.kind == "atom":
         one, other = other, one
@@ -86,15 +91,14 @@ def reshape(before: Sequence[Axis], after: Sequence[Axis], reason: str) -> None:
 
 
 def _unify_products(left: list[Axis], right: list[Axis], reason: str) -> None:
-    left, right = _factors(left), _factors(right)
-    while left and right:
+    while (left := _factors(left)) and (right := _factors(right)):
         one, other = left[0], right[0]
         if one.size == other.size:
             unify(left.pop(0), right.pop(0), reason)
         elif one.size % other.size == 0 and (parts := split(one, other.size)):
-            left[:1] = _factors(parts)
+            left[:1] = parts
         elif other.size % one.size == 0 and (parts := split(other, one.size)):
-            right[:1] = _factors(parts)
+            right[:1] = parts
         else:
             _freeze_common_block(left, right, reason)
 

@@ -11,7 +11,7 @@ from graphprune.axes import Form
 from graphprune.cuts import Cuts
 from graphprune.graph import ModelGraph
 from graphprune.rules import RULES
-from graphprune.tracing import operator_name, owner_path
+from graphprune.tracing import operator_name, owner_path, state_of
 from graphprune.window import padded_conv2d, window_padding
 
 _SPLITS = {"split", "chunk", "unsafe_chunk", "tensor_split"}
@@ -34,18 +34,20 @@ def _changes(graph: ModelGraph, cuts: Cuts) -> Iterator[tuple[fx.Node, str, Any,
         if rule is None or rule.literals is None:
             continue
         out = call.known[call.node]
-        if not any(form.atoms() & sizes.keys() for tensor in out for form in tensor):
-            continue
         tensors = out if operator_name(call.node) in (*_SPLITS, "split_with_sizes") else out[0]
-        for name, after in rule.literals(call, tensors, size).items():
-            before = call.arguments.get(name)
-            if before != after:
-                yield call.node, name, before, after
+        before, after = (rule.literals(call, tensors, measure) for measure in (_dense_size, size))
+        for name in after if before != after else ():
+            if after[name] != call.arguments.get(name):
+                yield call.node, name, before[name], after[name]
+
+
+def _dense_size(form: Form) -> int:
+    return form.size
 
 
 def cut_program(graph: ModelGraph, cuts: Cuts, model: nn.Module) -> nn.Module:
     """The exported graph with the cuts made, as a module with the weights of `model`."""
-    module = _plain_module(graph.exported)
+    module = plain_module(graph.exported)
     nodes = {node.name: node for node in module.graph.nodes}
     for node, name, _, after in _changes(graph, cuts):
         _rewrite(nodes[node.name], name, after)
@@ -57,7 +59,7 @@ def cut_program(graph: ModelGraph, cuts: Cuts, model: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def _plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+def plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The program as an ordinary module: without input guards, with `train` and `eval`."""
     unlifted = program.module(check_guards=False)
     unlifted.graph._codegen = copy.copy(unlifted.graph._codegen)
@@ -76,7 +78,7 @@ def _rewrite(node: fx.Node, name: str, after: Any) -> None:
     position = names.index(name)
     if isinstance(after, list) and position < len(node.args):
         given = node.args[position]
-        after = [g if isinstance(g, fx.Node) else a for g, a in zip(given, after, strict=True)]  # type: ignore[arg-type]
+        after = [g if isinstance(a, fx.Node) else a for g, a in zip(given, after, strict=True)]  # type: ignore[arg-type]
     if position < len(node.args):
         node.update_arg(position, after)
     else:
@@ -100,9 +102,13 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _load_cut(module: nn.Module, graph: ModelGraph, cuts: Cuts, model: nn.Module) -> None:
     windows = {graph.layer[node].weight: window for node, window in cuts.windows.items()}
+    state, tied = state_of(model), {}
     for parameter in graph.parameters:
+        value = state[parameter.name]
         path, _, name = parameter.name.rpartition(".")
-        value = getattr(model.get_submodule(path), name)
+        if id(value) in tied:
+            setattr(module.get_submodule(path), name, tied[id(value)])
+            continue
         small = value.detach().clone()
         for axis, form in enumerate(parameter.axes):
             if form.atoms() & cuts.keep.keys():
@@ -112,4 +118,5 @@ def _load_cut(module: nn.Module, graph: ModelGraph, cuts: Cuts, model: nn.Module
             small = small[:, :, top:bottom, left:right].clone()
         if isinstance(value, nn.Parameter):
             small = nn.Parameter(small, value.requires_grad)
+        tied[id(value)] = small
         setattr(module.get_submodule(path), name, small)

@@ -14,24 +14,22 @@ def find_groups(graph: ModelGraph) -> tuple[Group, ...]:
     for parameter in graph.parameters:
         for axis, form in enumerate(parameter.axes):
             for atom in form.atoms():
-                members.setdefault(atom, []).append(Member(parameter.name, axis, _rows(form.size, atom, graph)))
+                rows = form.size - form.kept_size({atom: graph.atom_sizes[atom] - 1})
+                members.setdefault(atom, []).append(Member(parameter.name, axis, rows))
     groups = [_group(graph, atom, found) for atom, found in members.items() if graph.atom_sizes[atom] > 1]
     return tuple(_unique(sorted(groups, key=lambda group: _order(graph, group))))
 
 
-def _rows(size: int, atom: int, graph: ModelGraph) -> int:
-    return max(1, size // graph.atom_sizes[atom])
-
-
 def _group(graph: ModelGraph, atom: int, members: list[Member]) -> Group:
-    producers = [layer for layer in graph.layers if layer.weight and atom in layer.outputs.atoms()]
-    consumers = [layer for layer in graph.layers if layer.weight and atom in layer.inputs.atoms()]
-    attentions = [layer for layer in graph.layers if not layer.weight and atom in layer.inputs.atoms()]
+    attentions = [x for x in graph.layers if isinstance(x.operator, Attention) and atom in x.inputs.atoms()]
+    weighted = [layer for layer in graph.layers if not isinstance(layer.operator, Attention)]
+    producers = [layer for layer in weighted if atom in layer.outputs.atoms()]
+    consumers = [layer for layer in weighted if atom in layer.inputs.atoms()]
     narrow = all(layer.inputs.size == graph.atom_sizes[atom] for layer in consumers)
     kind = _kind(producers, consumers, attentions)
     kind = "width" if kind == "hidden" and not narrow else kind
     first = attentions or producers or consumers
-    name = first[0].module if first else members[0].parameter
+    name = first[0].module or first[0].node if first else members[0].parameter
     return Group(
         atom, name, kind, graph.atom_sizes[atom], tuple(members),
         tuple(layer.node for layer in producers), tuple(layer.node for layer in consumers), graph.atom_frozen[atom],
@@ -76,14 +74,16 @@ def find_sites(graph: ModelGraph) -> tuple[Site, ...]:
 
 
 def _group_site(graph: ModelGraph, group: Group) -> Site:
-    touched = [
-        layer.node for layer in graph.layers
-        if group.atom in layer.inputs.atoms() | layer.outputs.atoms() | (layer.groups.atoms() if layer.groups else set())
-    ]  # fmt: skip
-    node = (group.producers or group.consumers or tuple(touched))[0]
+    touched = [layer.node for layer in graph.layers if group.atom in _atoms(layer)]
+    readers = (node.name for node in graph.nodes if {member.parameter for member in group.members} & {*node.inputs})
+    node = (group.producers or group.consumers or (*touched, *readers))[0]
     return Site(
         f"{group.name}/{group.kind}", group.kind, group.size, tuple(touched), node, atom=group.atom, unit=group.unit
     )
+
+
+def _atoms(layer: Layer) -> set[int]:
+    return set().union(*(form.atoms() for form in (layer.inputs, layer.outputs, layer.groups) if form))
 
 
 def _has_kernel(layer: Layer) -> bool:
@@ -92,8 +92,6 @@ def _has_kernel(layer: Layer) -> bool:
 
 
 def _kernel_site(layer: Layer) -> Site:
-    assert isinstance(layer.operator, Convolution) and not isinstance(layer.operator, Attention)
+    assert isinstance(layer.operator, Convolution)
     rows, columns = layer.operator.kernel
-    return Site(
-        f"{layer.module}/kernel", "kernel", rows * columns, (layer.node,), layer.node, kernel=(rows, columns)
-    )
+    return Site(f"{layer.module}/kernel", "kernel", rows * columns, (layer.node,), layer.node, kernel=(rows, columns))

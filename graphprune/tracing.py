@@ -21,7 +21,9 @@ from graphprune.rules import RULES, Call, shapes_of, unknown
 ACTIVATIONS = {"gelu", "relu", "silu", "relu_", "silu_", "hardswish"}
 
 
-def trace(model: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor], time_limit: float = 300) -> ModelGraph:
+def trace(
+    model: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor], time_limit: float = 300
+) -> ModelGraph:
     """Trace a model into its graph. The model is left as it was.
 
     `example_inputs` is a tensor or a tuple of tensors with a leading batch axis of any size. Raises InputError where
@@ -31,10 +33,9 @@ def trace(model: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor
     inputs = _as_tuple(example_inputs)
     _check_weights(model)
     pair = tuple(torch.cat([x, x])[:2].clone() if x.dim() else x for x in inputs)
-    subject = copy.deepcopy(model).eval()
-    _check_forward(subject, pair)
+    _check_forward(_fresh_copy(model), pair)
     with _limit(time_limit):
-        program = _export(subject, pair)
+        program = _export(_fresh_copy(model), pair)
     return _Walk(program, model).graph()
 
 
@@ -42,7 +43,14 @@ def _as_tuple(example_inputs: Any) -> tuple[torch.Tensor, ...]:
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     if not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
         raise InputError("example_inputs must be a tensor or a tuple of tensors")
+    if not all(x.numel() for x in inputs):
+        raise InputError("example_inputs must not be empty")
     return inputs
+
+
+def _fresh_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode. Modules that cache tensors in eval mode (attention biases) drop them in `train()`."""
+    return copy.deepcopy(model).train().eval()
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -61,10 +69,13 @@ def _check_forward(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
 
 
 def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
-    dynamic = tuple({0: torch.export.Dim.AUTO} if x.dim() else None for x in inputs)
+    shapes = torch.export.ShapesCollection()
+    for x in inputs:
+        if x.dim():
+            shapes[x] = {0: torch.export.Dim.AUTO}
     try:
         with torch.no_grad():
-            return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False)
+            return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     except TimeoutError:
         raise StepError("torch.export did not finish within the time limit") from None
     except Exception as error:
@@ -86,11 +97,11 @@ def _limit(seconds: float) -> Iterator[None]:
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, remaining, interval)  # another alarm of the process goes on
         signal.signal(signal.SIGALRM, before)
 
 
@@ -118,16 +129,24 @@ class _Walk:
     def _placeholders(self) -> None:
         signature = self.program.graph_signature
         specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
+        state = state_of(self.model)
+        tied: dict[int, list[Axis]] = {}
+        read: dict[int, bool] = {}
         for node in self.program.graph.nodes:
             if node.op != "placeholder" or not (shapes := shapes_of(node)):
                 continue
             spec = specs[node.name]
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 self.names[node.name] = str(spec.target)
-                self.known[node] = [Axis(size) for size in shapes[0]]
+                tensor = id(state[str(spec.target)])
+                self.known[node] = tied.setdefault(tensor, [Axis(size) for size in shapes[0]])
+                read[tensor] = read.get(tensor, False) or bool(node.users)
             else:
                 why = "it is an input of the model" if spec.kind is InputKind.USER_INPUT else "a constant in the code"
                 self.known[node] = [frozen_axis(size, why) for size in shapes[0]]
+        for tensor, axes in tied.items():
+            for axis in axes if not read[tensor] else ():
+                freeze(axis, "no operator reads it")
 
     def _couple(self, node: fx.Node) -> Any:
         if getattr(node.target, "__name__", "") == "getitem":
@@ -138,7 +157,9 @@ class _Walk:
         call = Call(node, _arguments(node), self.known, f"{operator_name(node)} in {owner_path(node) or 'the model'}")
         self.calls[node.name] = call
         rule = RULES.get(operator_name(node))
-        return rule.couple(call) if rule else unknown(call)
+        result = rule.couple(call) if rule else unknown(call)
+        tensors = [result] if not result or isinstance(result[0], Axis) else result
+        return result if [[axis.size for axis in axes] for axes in tensors] == shapes_of(node) else unknown(call)
 
     def _tensors(self, node: fx.Node) -> list[list[Axis]]:
         value = self.known.get(node, [])
@@ -187,7 +208,9 @@ class _Walk:
         source = forms[call["input"]][0]
         if name == "linear":
             linear = _linear(node, shape)
-            return Layer(node.name, module, self.names.get(weight.name, ""), source[-1], forms[weight][0][0], None, linear)
+            return Layer(
+                node.name, module, self.names.get(weight.name, ""), source[-1], forms[weight][0][0], None, linear
+            )
         groups = call.extra.get("groups")
         return Layer(
             node.name, module, self.names.get(weight.name, ""), source[1], forms[weight][0][0],
@@ -201,6 +224,11 @@ class _Walk:
         plain = type(owner).forward is nn.Conv2d.forward and not getattr(owner, "_forward_hooks", None)
         named = self.names.get(weight.name) == f"{path}.weight" and getattr(owner, "padding_mode", "") == "zeros"
         return plain and named and len(weight.users) == 1 and not isinstance(self.calls[node.name]["padding"], str)
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers under all their names: a tied tensor appears once for each."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def operator_name(node: fx.Node) -> str:

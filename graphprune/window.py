@@ -12,7 +12,9 @@ Ends = tuple[int, int, int, int]
 """Padding (left, right, top, bottom), in the order of `torch.nn.functional.pad`; negative entries crop."""
 
 
-def window_padding(kernel: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], window: Window) -> Ends:
+def window_padding(
+    kernel: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], window: Window
+) -> Ends:
     """The padding with which the kernel's window reads what it read inside the whole kernel."""
     (top, bottom), (left, right) = window
     return (
@@ -31,7 +33,16 @@ def padded_conv2d(  # noqa: PLR0913, PLR0917 - the signature of aten.conv2d with
     left, right, top, bottom = ends
     if left == right >= 0 and top == bottom >= 0:
         return functional.conv2d(source, weight, bias, tuple(stride), (top, left), tuple(dilation), groups)
-    return functional.conv2d(functional.pad(source, ends), weight, bias, tuple(stride), 0, tuple(dilation), groups)
+    return functional.conv2d(_padded(source, ends), weight, bias, tuple(stride), 0, tuple(dilation), groups)
+
+
+def _padded(source: torch.Tensor, ends: Ends) -> torch.Tensor:
+    height, width = source.shape[-2:]
+    if min(ends[:2]) >= -width and min(ends[2:]) >= -height:
+        return functional.pad(source, ends)
+    # A crop reaches into the padding of the other side, which `pad` refuses: pad first.
+    grown = functional.pad(source, tuple(max(end, 0) for end in ends))
+    return functional.pad(grown, tuple(min(end, 0) for end in ends))
 
 
 class WindowConv2d(nn.Conv2d):
