@@ -47,6 +47,22 @@ class Tied(nn.Module):
         return self.second(torch.relu(self.first(x))) * self.scale * self.frozen + self.offset + self.steps
 
 
+class Gated(nn.Module):
+    """Attention whose number of heads equals another number in the module, behind a gain that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = self.shift = 4
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.gain = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)
+        return (self.proj(y) + self.shift) * self.gain
+
+
 def result_of(model: nn.Module, inputs: Tensor, choices: tuple[Choice, ...] = (), spec: str = "") -> Result:
     graph = trace(model, inputs)
     plan = Plan(graph.signature, choices, graph.inputs)
@@ -171,18 +187,30 @@ def test_sharing_that_the_file_does_not_have_is_refused(tmp_path: Path) -> None:
     assert "shares its values" in refused(tmp_path, Tied())
 
 
-def test_a_transformer_with_parameters_that_start_at_zero(tmp_path: Path) -> None:
-    """Its rebuilt dense model would answer zero whatever surgery did, were constant parameters left as they are."""
-    spec = "timm:vit_tiny_patch16_224?img_size=32&depth=2&num_classes=3&init_values=0.0"
+def test_a_transformer_without_heads(tmp_path: Path) -> None:
+    spec = "timm:vit_tiny_patch16_224?img_size=32&depth=1&num_classes=3"
     torch.manual_seed(0)
     model = models.create(spec)
-    graph = trace(model, IMAGE)
-    site = next(site for site in graph.all_sites if site.kind == "heads")
+    site = next(site for site in trace(model, IMAGE).all_sites if site.kind == "heads")
     result = result_of(model, IMAGE, (Choice(site.name, "heads", "2/3", (0, 2)),), spec)
     loaded = load(save(result, tmp_path))
     assert_same(result.model, loaded)
     with torch.no_grad():
         assert torch.equal(loaded(IMAGE), result.model(IMAGE))
+
+
+def test_a_gain_that_starts_at_zero_hides_no_wrong_cut(tmp_path: Path) -> None:
+    """Surgery finds by comparing outputs that `heads` follows the cut and `shift` does not: zeros tell nothing."""
+    torch.manual_seed(0)
+    trained = Gated()
+    nn.init.ones_(trained.gain)
+    tokens = torch.randn(2, 5, 8)
+    site = next(site for site in trace(trained, tokens).all_sites if site.kind == "heads")
+    result = result_of(trained, tokens, (Choice(site.name, "heads", "1/2", (0, 2)),))
+    loaded = load(save(result, tmp_path), Gated())
+    assert (loaded.heads, loaded.shift) == (2, 4)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens), result.model(tokens))
 
 
 def test_loading_leaves_the_random_state_alone(folder: Path) -> None:

@@ -40,6 +40,7 @@ def test_records_come_back_whole_and_in_order(path: Path) -> None:
     for one in stored:
         study.add(one)
     assert study.records() == stored
+    assert study.records() == stored  # read before: nothing comes twice
     assert Study.open(path, "task").records() == stored
     assert Study.open(path, "another").records() == []
 
