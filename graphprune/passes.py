@@ -20,7 +20,7 @@ LOT_OPERATORS = 48
 LOT_BYTES = 1 << 26
 """Operators timed interleaved, and the size of their models, all of which are in memory at once."""
 
-ROUNDS = 4
+ROUNDS = 3
 """Runs of a model in one pass, of which the fastest counts: what disturbs a run only ever adds to its time."""
 PASSES = 2
 """Every operator is measured in so many passes, each with models loaded anew."""
