@@ -102,7 +102,8 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _load_cut(module: nn.Module, graph: ModelGraph, cuts: Cuts, model: nn.Module) -> None:
     windows = {graph.layer[node].weight: window for node, window in cuts.windows.items()}
-    state, tied = state_of(model), {}
+    state = state_of(model)
+    tied: dict[int, torch.Tensor] = {}
     for parameter in graph.parameters:
         value = state[parameter.name]
         path, _, name = parameter.name.rpartition(".")

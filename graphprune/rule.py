@@ -10,8 +10,8 @@ from torch import fx
 from graphprune.axes import Axis, freeze, frozen_axis, unify
 
 Axes = list[Axis]
-Sizes = Callable[[Axis], int]
-"""The size of an axis after the cut."""
+Sizes = Callable[[Any], int]
+"""The size of a finished axis (a `Form`) after the cut."""
 
 
 @dataclass

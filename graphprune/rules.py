@@ -86,7 +86,7 @@ def _embedding(call: Call) -> Axes:
 def _einsum(call: Call) -> Axes:
     sides = call["equation"].replace(" ", "").split("->")
     if len(sides) != 2 or "." in sides[0]:
-        return unknown(call)
+        return unknown(call)  # type: ignore[no-any-return]
     letters: dict[str, Axis] = {}
     for names, tensor in zip(sides[0].split(","), call["tensors"], strict=True):
         for name, axis in zip(names, call.axes_of(tensor), strict=True):
@@ -98,7 +98,7 @@ def _einsum(call: Call) -> Axes:
 def _matmul(call: Call) -> Axes:
     one, other = (call.axes(name) for name in list(call.arguments)[:2])
     if len(one) < 2 or len(other) < 2:
-        return unknown(call)
+        return unknown(call)  # type: ignore[no-any-return]
     unify(one[-1], other[-2], call.reason)
     return [*broadcast(call, [one[:-2], other[:-2]]), one[-2], other[-1]]
 

@@ -19,7 +19,7 @@ from graphprune.errors import StepError
 from graphprune.exported import cut_program, literal_changes
 from graphprune.graph import ModelGraph
 from graphprune.plan import Plan
-from graphprune.tracing import state_of, trace
+from graphprune.tracing import first_line, state_of, trace
 from graphprune.window import windowed
 
 TOLERANCE = 100
@@ -87,9 +87,7 @@ def perform(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Operation:
     try:
         expected = _outputs(reference, inputs)
     except Exception as error:
-        raise StepError(
-            f"the network does not run after this cut: {str(error).strip().partition(chr(10))[0]}"
-        ) from error
+        raise StepError(f"the network does not run after this cut: {first_line(error)}") from error
     for attributes in attribute_choices(model, graph, cuts):
         pruned = cut_module(model, graph, cuts, attributes)
         if _agree(pruned, expected, inputs):

@@ -65,11 +65,11 @@ def _check_forward(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             model(*inputs)
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise InputError(f"the model does not accept an input of shape {shapes}: {_first_line(error)}") from None
+        raise InputError(f"the model does not accept an input of shape {shapes}: {first_line(error)}") from None
 
 
 def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
-    shapes = torch.export.ShapesCollection()
+    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for x in inputs:
         if x.dim():
             shapes[x] = {0: torch.export.Dim.AUTO}
@@ -79,10 +79,11 @@ def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.
     except TimeoutError:
         raise StepError("torch.export did not finish within the time limit") from None
     except Exception as error:
-        raise StepError(f"torch.export cannot trace this model: {_first_line(error)}") from error
+        raise StepError(f"torch.export cannot trace this model: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -25,7 +25,7 @@ def window_padding(
     )
 
 
-def padded_conv2d(  # noqa: PLR0913, PLR0917 - the signature of aten.conv2d with four paddings
+def padded_conv2d(
     source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     stride: Sequence[int], ends: Ends, dilation: Sequence[int], groups: int,
 ) -> torch.Tensor:  # fmt: skip
@@ -53,13 +53,13 @@ class WindowConv2d(nn.Conv2d):
 
     ends: Ends = (0, 0, 0, 0)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in nn.Conv2d
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] -> [N, outputs, H', W'], the same H' and W' as with the whole kernel."""
         return padded_conv2d(input, self.weight, self.bias, self.stride, self.ends, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         """The convolution's own text and its paddings."""
-        return f"{super().extra_repr()}, ends={self.ends}"
+        return f"{super().extra_repr()}, ends={self.ends}"  # type: ignore[no-untyped-call]
 
 
 def windowed(conv: nn.Conv2d, window: Window) -> WindowConv2d:
