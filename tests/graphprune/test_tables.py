@@ -1,0 +1,180 @@
+"""The tables: what they say is what the graph, the patterns and the profile say, and they fit a terminal."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from graphprune.engines.fake import FakeEngine
+from graphprune.graph import ModelGraph
+from graphprune.models import create
+from graphprune.profile import Profile
+from graphprune.registry import pattern
+from graphprune.tables import WIDTH
+from graphprune.tracing import trace
+
+
+class Small(nn.Module):
+    """A wide inner group, a residual stream frozen by a literal pad, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.inner = nn.Conv2d(16, 64, 3, padding=1)
+        self.outer = nn.Conv2d(64, 24, 1)
+        self.classifier = nn.Linear(24, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.stem(images))
+        shortcut = nn.functional.pad(hidden, (0, 0, 0, 0, 4, 4))
+        return self.classifier((self.outer(torch.relu(self.inner(hidden))) + shortcut).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def graph() -> ModelGraph:
+    return trace(Small(), torch.zeros(2, 3, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def vit() -> ModelGraph:
+    model = create("timm:vit_tiny_patch16_224?num_classes=10&img_size=32&depth=1")
+    return trace(model, torch.zeros(2, 3, 32, 32))
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Profile:
+    return Profile(FakeEngine(), cache=tmp_path / "timings.jsonl")
+
+
+def line(text: str, name: str) -> str:
+    (found,) = [line for line in text.splitlines() if line.split()[:1] == [name]]
+    return found
+
+
+def test_group_table_is_a_sequence_of_all_groups(graph: ModelGraph) -> None:
+    table = graph.groups()
+    assert list(table) == list(graph.all_groups)
+    assert len(table) == len(graph.all_groups)
+    assert table[0] == graph.all_groups[0]
+    assert tuple(table[1:3]) == graph.all_groups[1:3]
+
+
+def test_group_table_shows_what_can_be_cut_and_why_not(graph: ModelGraph) -> None:
+    text = str(graph.groups())
+    words = line(text, "inner").split()
+    assert words[:4] == ["inner", "channels", "64", "1"]
+    assert " ".join(words[4:]) == "inner.weight and 2 more yes: filter"
+    frozen = line(text, "classifier")
+    assert frozen.endswith("no: it is an output of the model")
+    assert "the padding is written in the code" in " ".join(text.split())
+
+
+def test_obvious_groups_are_counted_not_shown(graph: ModelGraph) -> None:
+    obvious = [
+        g for g in graph.all_groups if set(g.frozen) & {"it is an input of the model", "a convolution slides over it"}
+    ]
+    text = str(graph.groups())
+    assert obvious
+    assert f"not shown: {len(obvious)} frozen" in text
+    shown = {name.split()[0] for name in text.splitlines()[1:-2] if not name.startswith(" ")}
+    assert shown == {group.name for group in graph.all_groups if group not in obvious}
+
+
+def test_share_of_what_can_be_cut(vit: ModelGraph) -> None:
+    block = {f"blocks.0.{name}" for name in ("attn.qkv", "attn", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    layers = [layer.operator for layer in vit.layers if layer.module in block]
+    flops = sum(operator.flops for operator in layers) / vit.flops
+    weights = sum(operator.parameters for operator in layers) / vit.parameter_count
+    ending = f"layers with {flops:.0%} of the FLOPs and {weights:.0%} of the weights"
+    assert str(vit.groups()).endswith(f"groups that can be cut reach {ending}")
+    assert str(vit.sites()).endswith(f"sites with a choice reach {ending}")
+    assert 0.5 < flops < 1
+
+
+def test_site_rows_without_a_profile_are_the_structural_levels(graph: ModelGraph) -> None:
+    rows = {row.name: row for row in graph.sites()}
+    assert list(rows) == [site.name for site in graph.all_sites]
+    levels = [(level.pattern, level.level, level.count, level.gain) for level in rows["inner/channels"].levels]
+    assert levels == [("filter", f"{count} of 64", count, None) for count in (48, 32, 16)]
+    kernel = pattern("kernel").levels(graph.site["inner/kernel"], 16)
+    assert [level.level for level in rows["inner/kernel"].levels] == [level.name for level in kernel]
+
+
+def test_site_rows_with_a_profile_are_the_legal_levels_with_their_gain(graph: ModelGraph, profile: Profile) -> None:
+    rows = {row.name: row for row in graph.sites(profile)}
+    for site in graph.all_sites:
+        expected = {}
+        for name in ("filter", "kernel"):
+            for level in pattern(name).legal(graph, site, profile):
+                cuts = pattern(name).rewrite(site, level.keep or tuple(range(level.count)))
+                layers = [graph.layer[node] for node in site.layers]
+                dense = sum(profile.seconds(layer.operator) for layer in layers)
+                cut = sum(profile.seconds(cuts.operator(layer)) for layer in layers)
+                expected[name, level.name] = pytest.approx(dense / cut)
+        assert {(level.pattern, level.level): level.gain for level in rows[site.name].levels} == expected
+    assert rows["inner/channels"].levels
+    assert all(level.gain > 1 for row in rows.values() for level in row.levels if level.gain is not None)
+
+
+def test_everything_is_measured_together(graph: ModelGraph, profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert profile.block == 16
+    before, after = profile.engine.calls, []
+    fill = profile.fill
+
+    def spied(*arguments: object) -> None:
+        fill(*arguments)
+        after.append(profile.engine.calls)
+
+    monkeypatch.setattr(profile, "fill", spied)
+    str(graph.sites(profile))
+    assert before < after[0] == after[-1]
+    assert len(after) > 1
+
+
+def test_reasons_for_an_empty_site(vit: ModelGraph, graph: ModelGraph, profile: Profile) -> None:
+    assert line(str(vit.sites()), "patch_embed.proj#1/width").endswith("no pattern cuts a width")
+    single = trace(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)), torch.zeros(2, 3, 8, 8))
+    assert line(str(single.sites(profile)), "0/channels").endswith("too small for a level (blocks of 16)")
+
+
+def test_printed_levels(graph: ModelGraph, profile: Profile) -> None:
+    assert line(str(graph.sites()), "inner/channels").endswith("filter   48 of 64, 32 of 64, 16 of 64")
+    kernel = line(str(graph.sites()), "inner/kernel")
+    assert kernel.endswith("3x2, 2x3, 2x2, 3x1, 1x3, 1x1 centre")
+    row = next(row for row in graph.sites(profile) if row.name == "inner/channels")
+    printed = ", ".join(f"{level.level}: {level.gain:.2f}x" for level in row.levels)
+    assert line(str(graph.sites(profile)), "inner/channels").endswith(printed)
+
+
+def test_everything_fits_a_terminal(graph: ModelGraph, vit: ModelGraph, profile: Profile) -> None:
+    for text in (str(graph.groups()), str(vit.groups()), str(vit.sites()), str(graph.sites(profile))):
+        assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_long_names_keep_their_end() -> None:
+    class Deep(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            inner = Deep(depth - 1) if depth else nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 8, 1))
+            self.a_rather_long_name = inner
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.a_rather_long_name(images)
+
+    graph = trace(Deep(6), torch.zeros(2, 3, 8, 8))
+    for text in (str(graph.groups()), str(graph.sites())):
+        assert max(map(len, text.splitlines())) <= WIDTH
+        assert "…" in text
+    assert "long_name.0/channels" in str(graph.sites())
+
+
+def test_json(graph: ModelGraph, profile: Profile) -> None:
+    body = json.loads(json.dumps(graph.sites(profile).to_dict()))
+    assert body["engine"] == profile.engine.identity
+    assert body["block"] == profile.block
+    assert [site["name"] for site in body["sites"]] == [site.name for site in graph.all_sites]
+    inner = next(site for site in body["sites"] if site["name"] == "inner/channels")
+    assert {level["pattern"] for level in inner["levels"]} == {"filter"}
+    assert graph.sites().to_dict()["engine"] is None
