@@ -224,7 +224,7 @@ def test_the_sum_of_operators_is_about_the_time_of_the_network(cache: Path) -> N
     for _ in range(3):
         (whole,) = engine.measure([stack(layers)], rounds=10)
         ratios.append(sum(map(profile.seconds, layers)) / min(whole.samples))
-    assert 0.5 < median(ratios) < 2.0
+    assert 1 / 3 < median(ratios) < 3
 
 
 WINDOWS = [((3, 3), (1, 1, 1, 1)), ((1, 3), (0, 1, 0, 1)), ((3, 3), (1, 1, 1, 1)), ((2, 2), (1, 1, 0, 0))] * 3
