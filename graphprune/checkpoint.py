@@ -1,6 +1,5 @@
 """Saving a result and loading its model: JSON and safetensors in one folder. Nothing is unpickled or imported."""
 
-import copy
 import json
 from dataclasses import asdict
 from hashlib import sha256
@@ -104,19 +103,9 @@ def _dense(spec: str, model: nn.Module | None, saved: dict[str, Tensor]) -> nn.M
     if model is None:
         models.refuse_remote(spec)
         model = models.create(spec)
-    copied = copy.deepcopy(model).cpu()
-    _vary(copied)
+    copied = surgery.varied(model).cpu()
     tensors.convert_types(copied, saved)
     return copied
-
-
-def _vary(model: nn.Module) -> None:
-    """Make constant parameters random: one that starts at zero would hide from surgery's own check what it cuts."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data = parameter.data + 0.1 * noise.to(parameter.dtype)
 
 
 def _bytes(folder: str | Path, name: str) -> bytes:

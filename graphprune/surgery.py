@@ -82,17 +82,28 @@ def operate(model: nn.Module, graph: ModelGraph, plan: Plan) -> Operation:
 
 def perform(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Operation:
     """Make cuts of any kind, patterns or not, and check the result against the cut exported graph."""
-    reference = cut_program(graph, cuts, model)
+    subject = varied(model)
+    reference = cut_program(graph, cuts, subject)
     inputs = inputs_like(model, graph)
     try:
         expected = _outputs(reference, inputs)
     except Exception as error:
         raise StepError(f"the network does not run after this cut: {first_line(error)}") from error
     for attributes in attribute_choices(model, graph, cuts):
-        pruned = cut_module(model, graph, cuts, attributes)
-        if _agree(pruned, expected, inputs):
-            return Operation(_with_modes_of(model, pruned), True, attributes)
-    return Operation(reference.train(model.training), False)
+        if _agree(cut_module(subject, graph, cuts, attributes), expected, inputs):
+            return Operation(cut_module(model, graph, cuts, attributes), True, attributes)
+    return Operation(cut_program(graph, cuts, model).train(model.training), False)
+
+
+def varied(model: nn.Module) -> nn.Module:
+    """A copy whose constant parameters are random: one that starts at zero would hide from a check what was cut."""
+    subject = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in subject.parameters():
+        if parameter.is_floating_point() and parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
+            parameter.data = parameter.data + 0.1 * noise
+    return subject
 
 
 def _with_modes_of(model: nn.Module, pruned: nn.Module) -> nn.Module:
