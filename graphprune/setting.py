@@ -13,6 +13,8 @@ from graphprune.task import first_output
 
 TIMED_IMAGES = 16
 TIMED_STEPS = 3
+ENOUGH_SECONDS = 4.0
+"""Where steps take long, a warm-up and one timed step of a setting have to do."""
 MARGIN = 1.1
 """A setting replaces the plain one only when its step is faster by this factor: timings are noisy."""
 
@@ -65,10 +67,10 @@ def fastest(model: nn.Module, inputs: Tensor) -> Setting:
 
 def _step_seconds(setting: Setting, model: nn.Module, inputs: Tensor) -> float:
     """The shortest of some training steps, in seconds; infinite when the model cannot run so."""
-    trial = setting.place(copy.deepcopy(model)).train()
-    batch = setting.inputs(inputs)
     seconds = []
     try:
+        trial = setting.place(copy.deepcopy(model)).train()
+        batch = setting.inputs(inputs)
         for _ in range(1 + TIMED_STEPS):
             start = time.perf_counter()
             with setting.autocast():
@@ -77,6 +79,8 @@ def _step_seconds(setting: Setting, model: nn.Module, inputs: Tensor) -> float:
             if batch.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
+            if len(seconds) > 1 and sum(seconds) > ENOUGH_SECONDS:
+                break
     except RuntimeError:
         return float("inf")
     return min(seconds[1:])

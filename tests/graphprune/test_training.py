@@ -59,7 +59,8 @@ def killed_after(epoch: int, model: nn.Module, task: Task, recipe: Recipe, check
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_resumed_is_bit_identical(task: Task, tmp_path: Path, optimizer: str, epoch: int) -> None:
     recipe = replace(SMALL, optimizer=optimizer, lr=0.01)
-    whole = fit(network(), task, recipe)
+    uninterrupted = Checkpoint(tmp_path / "whole.safetensors", "x")
+    whole = fit(network(), task, recipe, checkpoint=uninterrupted)
     checkpoint = Checkpoint(tmp_path / "run.safetensors", "x")
     killed_after(epoch, network(), task, recipe, checkpoint)
     torch.manual_seed(99)
@@ -67,6 +68,7 @@ def test_resumed_is_bit_identical(task: Task, tmp_path: Path, optimizer: str, ep
     resumed = fit(network(), task, recipe, checkpoint=checkpoint)
     assert same(resumed.model, whole.model)
     assert resumed.history == whole.history
+    assert checkpoint.path.read_bytes() == uninterrupted.path.read_bytes()  # averages and optimiser state too
     assert not same(fit(network(), task, replace(recipe, seed=6)).model, whole.model)
 
 
