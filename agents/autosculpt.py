@@ -30,16 +30,22 @@ from graphprune.agents.encoder import PairPolicy
 from graphprune.agents.episodes import Episodes
 from graphprune.environment import Observer, reward
 from graphprune.errors import InputError
-from graphprune.problem import Problem
+from graphprune.problem import Choices, Problem
 
 EPISODES = 64
+"""Episodes per PPO update."""
 WARM_UP = (10, 1.5, 40)
-"""Updates in imagination: at least, per site, at most."""
+"""Updates in imagination before the first trial: at least, per site, at most."""
 ROUNDS = 16
+"""The trials are spent in about this many rounds, one PPO update each."""
 STALLS = 4
+"""The search ends after this many rounds in a row without a new plan."""
 EXPLORATION = 1.0
+"""Standard deviations added to the believed reward when candidates are ranked (an upper confidence bound)."""
 ELITES = 4
+"""How many of the best plans are varied."""
 CURIOSITY = 0.5
+"""Chance that an open site of a variation is drawn uniformly instead of from the policy, which soon is too sure."""
 Vectors = NDArray[np.int64]
 
 
@@ -59,6 +65,17 @@ def own_randomness(rng: np.random.Generator) -> Iterator[None]:
             np.random.set_state(states[1])  # noqa: NPY002
 
 
+def only_plan(problem: Problem) -> Choices | None:
+    """The plan that is left when the action wall leaves one option everywhere (or nothing is feasible), else None."""
+    choices: Choices = ()
+    for _ in problem.decisions:
+        (open_options,) = np.nonzero(problem.mask(choices))
+        if len(open_options) > 1:
+            return None
+        choices = (*choices, int(open_options[0]))
+    return choices
+
+
 class AutoSculpt:
     """The main agent. `load_policy` before `run` starts from the weights of an earlier run, on any model."""
 
@@ -69,8 +86,8 @@ class AutoSculpt:
 
     def run(self, problem: Problem, rng: np.random.Generator) -> None:
         """Search until the trials are spent or no new plan turns up."""
-        if not problem.decisions:
-            problem.evaluate(())
+        if (plan := only_plan(problem)) is not None:
+            problem.evaluate(plan)
             return
         search = Search(problem, rng, self._weights)
         try:
@@ -101,7 +118,7 @@ class Search:
         self.rng = rng
         self.observer = Observer(problem)
         self.belief = Belief(problem)
-        self.rewards: dict[tuple[int, ...], float] = {}
+        self.rewards: dict[Choices, float] = {}
         self.per_round = max(4, problem.trials // ROUNDS)
         self.episodes = Episodes(self.observer, EPISODES, self.judge)
         with own_randomness(rng):
@@ -156,17 +173,17 @@ class Search:
     def spend(self) -> None:
         """Spend the trials, round by round, until none is left (BudgetSpent) or no new plan turns up."""
         stalls = 0
-        self._try(self.decode(np.full((1, self.observer.sites), -1), greedy=True), 1)
+        undecided = np.full((1, self.observer.sites), -1, dtype=np.int64)
+        self._try(self.decode(undecided, greedy=True), 1)
         while stalls < STALLS:
             self._update()
-            anchors = self._variations()
-            greedy = self.decode(anchors[:1] * 0 - 1, greedy=True)
-            tried = self._try(np.concatenate([greedy, self.episodes.finished]), self.per_round // 2)
-            tried += self._try(self.decode(anchors, greedy=False), self.per_round - self.per_round // 2)
+            own = np.concatenate([self.decode(undecided, greedy=True), self.episodes.finished])
+            tried = self._try(own, self.per_round // 2)
+            tried += self._try(self.decode(self._variations(), greedy=False), self.per_round - self.per_round // 2)
             stalls = 0 if tried else stalls + 1
 
     def _variations(self) -> Vectors:
-        """The best plans so far with a few sites left open (-1): [EPISODES, sites]."""
+        """The best plans so far with one to three sites left open (-1): [2 EPISODES, sites]."""
         best = sorted(self.rewards, key=self.rewards.__getitem__, reverse=True)[:ELITES]
         anchors = np.array(best, dtype=np.int64)[self.rng.integers(len(best), size=2 * EPISODES)]
         sites = anchors.shape[1]

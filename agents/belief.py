@@ -14,7 +14,7 @@ from graphprune.problem import Floats, Problem
 
 LENGTHS = (0.05, 0.15, 0.4)
 """Candidate length scales of the agreement kernel, as shares of the sites."""
-NOISES = (1e-3, 1e-2, 1e-1)
+NOISES = (1e-3, 3e-2)
 """Candidate noise variances, as shares of the observed variance."""
 FEWEST = 4
 """Below this many records only the error table counts."""

@@ -160,6 +160,9 @@ class DynamicProgramming:
 
     def run(self, problem: Problem, rng: np.random.Generator) -> None:
         """Evaluate each new solution until the trials are spent or nothing new turns up."""
+        if not problem.decisions:
+            problem.evaluate(())
+            return
         solver = Solver(problem)
         equal = np.ones(len(solver.components))
         tried: dict[Choices, float] = {}

@@ -115,6 +115,7 @@ class PairScorer(BaseFeaturesExtractor):  # type: ignore[misc]
         self.value = nn.Sequential(nn.ReLU(), nn.Linear(WIDTH, 1))
         nn.init.normal_(self.logit.weight, std=0.01)  # begin near the uniform policy
         nn.init.zeros_(self.logit.bias)
+        self._trained = tuple(self.parameters())
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
         """Score every option of the current site of each observation."""
@@ -132,7 +133,7 @@ class PairScorer(BaseFeaturesExtractor):  # type: ignore[misc]
         """Embeddings of the nodes and of all options; between two updates, rollouts reuse them."""
         if torch.is_grad_enabled():
             return self.encoder(self.nodes, self.edges, self.kinds), self.pattern(self.patterns)
-        version = sum(parameter._version for parameter in self.parameters())
+        version = sum(parameter._version for parameter in self._trained)
         if self._kept is None or self._kept[0] != version:
             self._kept = version, (self.encoder(self.nodes, self.edges, self.kinds), self.pattern(self.patterns))
         return self._kept[1]

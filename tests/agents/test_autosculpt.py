@@ -1,0 +1,111 @@
+"""The main agent on problems whose answer is known, and its policy files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from graphprune.agents import create
+from graphprune.agents.autosculpt import AutoSculpt, Search, only_plan
+from graphprune.errors import InputError
+from graphprune.problem import BudgetSpent, Problem
+from tests.agents.toys import accuracy_of, feasible_plans, problem
+
+SEEDS = range(10)
+TOY = 4
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(agent: str | AutoSculpt, made: Problem, seed: int) -> Problem:
+    searcher = create(agent) if isinstance(agent, str) else agent
+    try:
+        searcher.run(made, np.random.default_rng(seed))
+    except BudgetSpent:
+        assert made.remaining == 0
+    return made
+
+
+def finds(agent: str, best: float) -> int:
+    """How many of the seeds reach the best accuracy on the toy within its trials."""
+    ran = (run(agent, problem(TOY, trials=40), seed) for seed in SEEDS)
+    return sum(max(record.accuracy or 0 for record in made.records) == best for made in ran)
+
+
+def test_finds_the_enumerated_best_where_random_search_does_not() -> None:
+    made = problem(TOY)
+    plans = feasible_plans(made)
+    accuracies = sorted((accuracy_of(made, plan) for plan in plans), reverse=True)
+    by_table = accuracy_of(made, min(plans, key=made.error))
+    assert len(plans) > 1000
+    assert accuracies.index(by_table) > 50, "the error table must not give the answer away"
+    assert finds("random", accuracies[0]) <= 3
+    assert finds("autosculpt", accuracies[0]) >= 9
+
+
+def test_imagination_alone_learns_the_error_table() -> None:
+    made = problem(1, sizes=(4,) * 8)
+    search = Search(made, np.random.default_rng(0), None)
+    undecided = np.full((1, 8), -1, dtype=np.int64)
+    before = made.error.batch(search.decode(np.tile(undecided, (200, 1)), greedy=False))
+    search.warm_up(25)
+    after = made.error(search.decode(undecided, greedy=True)[0])
+    least = min(made.error(plan) for plan in feasible_plans(made))
+    assert made.records == []
+    assert after <= least + 0.1 * (before.mean() - least)
+
+
+def test_no_trial_is_spent_twice_on_one_plan() -> None:
+    made = run("autosculpt", problem(2, sizes=(3, 3, 3), limit=0.6, trials=200), 0)
+    plans = [record.plan for record in made.records]
+    assert len(plans) == len(set(plans))
+    assert len(plans) >= 0.8 * len(feasible_plans(made))
+
+
+def test_a_policy_moves_to_a_problem_of_another_size(tmp_path: Path) -> None:
+    first = AutoSculpt()
+    run(first, problem(0, sizes=(4, 3, 4), trials=4), 0)
+    first.save_policy(tmp_path / "policy.safetensors")
+    saved = load_file(tmp_path / "policy.safetensors")
+    second = AutoSculpt()
+    second.load_policy(tmp_path / "policy.safetensors")
+    other = problem(1, sizes=(2, 5, 5, 3, 4), trials=4)
+    start = Search(other, np.random.default_rng(0), load_file(tmp_path / "policy.safetensors")).weights()
+    assert all(torch.equal(start[name], value) for name, value in saved.items())
+    run(second, other, 0)
+    assert len(other.records) == 4
+    second.save_policy(tmp_path / "after.safetensors")
+    assert any(not torch.equal(value, saved[name]) for name, value in load_file(tmp_path / "after.safetensors").items())
+
+
+def test_bad_policies_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "policy.safetensors"
+    with pytest.raises(InputError, match="no policy yet"):
+        AutoSculpt().save_policy(path)
+    with pytest.raises(InputError, match="cannot read"):
+        AutoSculpt().load_policy(path)
+    path.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    with pytest.raises(InputError, match="cannot read"):
+        AutoSculpt().load_policy(path)
+    save_file({"value.0.weight": torch.zeros(2, 2)}, path)
+    agent = AutoSculpt()
+    agent.load_policy(path)
+    with pytest.raises(InputError, match="does not fit"):
+        agent.run(problem(trials=1), np.random.default_rng(0))
+
+
+def test_only_plan_follows_the_wall() -> None:
+    made = problem(3, sizes=(2, 3), limit=0.9, trials=1)
+    assert only_plan(made) is None
+    made.limits = {"latency": made.costs["latency"](made.cheapest)}
+    del made.cheapest
+    assert only_plan(made) == made.cheapest == (1, 2)
