@@ -172,7 +172,7 @@ def _obvious(group: Group) -> bool:
 
 def _members(group: Group) -> str:
     names = list(dict.fromkeys(member.parameter for member in group.members))
-    return names[0] if len(names) == 1 else f"{_shortened(names[0], NAME - 12)} and {len(names) - 1} more"
+    return names[0] if len(names) == 1 else f"{shortened(names[0], NAME - 12)} and {len(names) - 1} more"
 
 
 def _status(group: Group) -> str:
@@ -201,13 +201,14 @@ def _reach(graph: ModelGraph, nodes: set[str]) -> str:
     return f"layers with {flops:.0%} of the FLOPs and {parameters:.0%} of the weights"
 
 
-def _shortened(text: str, width: int) -> str:
+def shortened(text: str, width: int) -> str:
+    """The end of a text that is longer than `width` characters."""
     return text if len(text) <= width else f"…{text[1 - width :]}"
 
 
 def _layout(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[str]:
     """Aligned lines of at most `WIDTH` columns; the last column takes what is left, and wraps."""
-    cells = [[_shortened(cell, NAME) for cell in row[:-1]] for row in (headings, *rows)]
+    cells = [[shortened(cell, NAME) for cell in row[:-1]] for row in (headings, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     left = WIDTH - sum(widths) - 2 * len(widths)
     lines: list[str] = []
