@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 import graphprune
 from graphprune.commands.base import Answer, Verb
@@ -60,8 +61,11 @@ def _show(answer: Answer, as_json: bool) -> None:
         print(json.dumps(answer.facts, indent=1, sort_keys=True, allow_nan=False))
         return
     console = Console()
-    for part in answer.view:
-        console.print(part)
+    for number, part in enumerate(answer.view):
+        if number:
+            console.print()
+        # Lines are laid out already: a pipe must not break them at 80 columns.
+        console.print(part, soft_wrap=isinstance(part, str | Text), markup=False, highlight=False)
 
 
 def _line(error: Exception) -> str:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def answer(delivery: "Delivery", scores: "Scores") -> Answer:
     """The outcome of a run, with everything that is in its folder."""
-    notes = tuple(f"note: {note}" for note in delivery.result.notes)
+    notes = [f"note: {note}" for note in delivery.result.notes]
     where = f"written to {delivery.folder}: {', '.join(_files(delivery))}"
-    return Answer(facts(delivery, scores), (comparison(delivery, scores), *notes, where))
+    return Answer(facts(delivery, scores), (comparison(delivery, scores), "\n".join([*notes, where])))
 
 
 def with_rivals(answer: Answer, delivery: "Delivery", found: "Record") -> Answer:

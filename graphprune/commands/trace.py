@@ -1,6 +1,7 @@
 """`trace` and `profile`: what a model is made of, what may be cut, and what the engine would gain from it."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -15,9 +16,8 @@ from graphprune.commands.base import Answer, InputSize, Model, Threads, Verb, We
 from graphprune.console import Bars
 
 if TYPE_CHECKING:
-    from graphprune.cuts import Cuts
-    from graphprune.graph import ModelGraph, Site
-    from graphprune.pattern import Level, Pattern
+    from graphprune.graph import ModelGraph
+    from graphprune.operators import Operator
     from graphprune.profile import Profile as OperatorProfile
 
 
@@ -37,7 +37,9 @@ class Trace(Verb):
         """Trace, print the tables."""
         graph = traced(self.model, self.weights, self.input_size)
         profile = operator_profile(self.threads) if self.gains else None
-        gains = measured_gains(graph, profile) if profile else {}
+        if profile is not None:
+            measure_all(graph, profile)
+        sites = graph.sites(profile)
         frozen = [group for group in graph.all_groups if group.frozen]
         facts = {
             "model": self.model,
@@ -46,14 +48,14 @@ class Trace(Verb):
             "params": graph.parameter_count,
             "layers": len(graph.layers),
             "groups": [asdict(group) for group in graph.all_groups],
-            "sites": [asdict(site) | {"gains": gains.get(site.name)} for site in graph.all_sites],
+            **sites.to_dict(),
         }
         head = (
             f"{self.model}: {len(graph.layers)} layers, {graph.flops / 1e6:.1f} M FLOPs, "
             f"{graph.parameter_count / 1e3:.1f} k weights; {len(graph.all_groups)} groups ({len(frozen)} frozen), "
             f"{len(graph.all_sites)} sites"
         )
-        return Answer(facts, (head, Text(str(graph.groups())), Text(str(graph.sites(profile)))))
+        return Answer(facts, (head, Text(str(graph.groups())), Text(str(sites))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +79,16 @@ class Profile(Verb):
             facts = about | {"block": profile.block, "noise": profile.noise}
             return Answer(facts, (_about(profile),))
         graph = traced(self.model, None, self.input_size)
-        gains = measured_gains(graph, profile)
+        measure_all(graph, profile)
+        sites = graph.sites(profile)
         times = {layer.node: profile.seconds(layer.operator) for layer in graph.layers}
         facts = about | {
             "model": self.model,
-            "block": profile.block,
             "noise": profile.noise,
             "layers": {node: None if math.isnan(seconds) else seconds for node, seconds in times.items()},
-            "gains": gains,
+            **sites.to_dict(),
         }
-        return Answer(facts, (_about(profile), _layer_table(graph, times), Text(str(graph.sites(profile)))))
+        return Answer(facts, (_about(profile), _layer_table(graph, times), Text(str(sites))))
 
 
 def operator_profile(threads: int) -> "OperatorProfile":
@@ -104,30 +106,22 @@ def traced(spec: str, weights: Path | None, size: int | None) -> "ModelGraph":
     return gp.trace(model, surgery.example_inputs((("float32", base.input_shape(spec, model, size)),)))
 
 
-def measured_gains(graph: "ModelGraph", profile: "OperatorProfile") -> dict[str, dict[str, float]]:
-    """Site -> "pattern level" -> dense time / pruned time, where the gain exceeds the noise; measured if need be."""
+def measure_all(graph: "ModelGraph", profile: "OperatorProfile") -> None:
+    """Time, with a progress bar, whatever the tables of this graph will ask for and the cache does not hold."""
+    with Bars() as bars:
+        profile.fill(list(_operators(graph, profile.block)), lambda done, total: bars.update("profile", done, total))
+
+
+def _operators(graph: "ModelGraph", block: int) -> Iterator["Operator"]:
+    """Every layer dense and under every level of every pattern; which units stay does not matter to the time."""
     from graphprune import registry
 
-    gains: dict[str, dict[str, float]] = {}
-    with Bars() as bars:
-        for number, site in enumerate(graph.all_sites):
-            bars.update("profile", number, len(graph.all_sites), site.name)
-            layers = [graph.layer[node] for node in site.layers]
-            gains[site.name] = {
-                f"{pattern.name} {level.name}": profile.gain(
-                    [layer.operator for layer in layers],
-                    [_cut(pattern, site, level).operator(layer) for layer in layers],
-                )
-                for pattern in registry.patterns().values()
-                for level in pattern.legal(graph, site, profile)
-            }
-        bars.update("profile", len(graph.all_sites), len(graph.all_sites))
-    return gains
-
-
-def _cut(pattern: "Pattern", site: "Site", level: "Level") -> "Cuts":
-    """What a level cuts; which units stay does not matter to the time."""
-    return pattern.rewrite(site, level.keep or tuple(range(level.count)))
+    yield from (layer.operator for layer in graph.layers)
+    for site in graph.all_sites:
+        for pattern in registry.patterns().values():
+            for level in pattern.levels(site, block) if site.kind in pattern.kinds else ():
+                cuts = pattern.rewrite(site, level.keep or tuple(range(level.count)))
+                yield from (cuts.operator(graph.layer[node]) for node in site.layers)
 
 
 def _about(profile: "OperatorProfile") -> str:
