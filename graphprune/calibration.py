@@ -7,6 +7,7 @@ without another pass (Hassibi & Stork 1993, Optimal Brain Surgeon; Frantar & Ali
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from graphprune.exported import plain_module
 from graphprune.graph import Layer, ModelGraph
-from graphprune.operators import Convolution
+from graphprune.operators import Convolution, Operator
 from graphprune.tracing import operator_name
 
 ROWS_PER_FEATURE = 32
@@ -66,7 +67,8 @@ def calibrate(
     module = plain_module(graph.exported).eval()
     layers = {layer.node: layer for layer in graph.layers if layer.weight}
     images = sum(len(batch) for batch in batches)
-    per_image = {name: -(-max(LEAST_ROWS, ROWS_PER_FEATURE * _features(layer)) // images) for name, layer in layers.items()}
+    rows = {name: max(LEAST_ROWS, ROWS_PER_FEATURE * _features(layer)) for name, layer in layers.items()}
+    per_image = {name: -(-wanted // images) for name, wanted in rows.items()}
     collector = _Collector(module, layers, per_image)
     with torch.no_grad():
         for number, batch in enumerate(batches):
@@ -97,19 +99,10 @@ class _Collector(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.layers:
             arguments, _ = self.fetch_args_kwargs_from_env(n)
-            self._add(n.name, self._vectors(self.layers[n.name], arguments[0]))
+            layer = self.layers[n.name]
+            positions = positions_of(layer, self.per_image[n.name], self.random)
+            self._add(n.name, vectors(arguments[0], layer.operator, positions))
         return super().run_node(n)
-
-    def _vectors(self, layer: Layer, source: Tensor) -> Tensor:
-        """Input vectors [groups, rows, features] of a layer, a random sample of positions of each image."""
-        keep = self.per_image[layer.node]
-        operator = layer.operator
-        if not isinstance(operator, Convolution):
-            flat = source.reshape(len(source), -1, source.shape[-1])
-            if flat.shape[1] > keep:
-                flat = flat[:, torch.randperm(flat.shape[1], generator=self.random)[:keep]]
-            return flat.reshape(1, -1, source.shape[-1])
-        return unfold(source, operator, keep, self.random)
 
     def _add(self, name: str, vectors: Tensor) -> None:
         second = torch.bmm(vectors.transpose(1, 2), vectors).double()
@@ -133,15 +126,24 @@ class _Collector(fx.Interpreter):
         return biased or users == ["batch_norm"]
 
 
-def unfold(source: Tensor, operator: Convolution, keep: int, random: torch.Generator) -> Tensor:
-    """The input vectors [groups, rows, inputs / groups * kh * kw] of a convolution at up to `keep` outputs per image.
+def positions_of(layer: Layer, most: int, random: torch.Generator) -> Tensor:
+    """Up to `most` random output positions of a layer, the same in every image: pixels, or rows of a linear layer."""
+    operator = layer.operator
+    count = prod(operator.output_size) if isinstance(operator, Convolution) else operator.rows  # type: ignore[union-attr]
+    return torch.randperm(count, generator=random)[:most]
 
-    `source` is [N, inputs, H, W]; the same random output positions are taken of all images.
+
+def vectors(source: Tensor, operator: Operator, positions: Tensor) -> Tensor:
+    """The input vectors [groups, images * positions, features] of a layer at some output positions of each image.
+
+    `source` is [N, inputs, H, W] for a convolution (features: inputs / groups * kh * kw), else [N, ..., inputs].
     """
+    if not isinstance(operator, Convolution):
+        flat = source.reshape(len(source), -1, source.shape[-1])[:, positions]
+        return flat.reshape(1, -1, source.shape[-1])
     top, left, bottom, right = operator.padding
     padded = functional.pad(source, (left, right, top, bottom))
-    rows, columns = operator.output_size
-    positions = torch.randperm(rows * columns, generator=random)[:keep]
+    columns = operator.output_size[1]
     y = (positions // columns) * operator.stride[0]
     x = (positions % columns) * operator.stride[1]
     taps_y = torch.arange(operator.kernel[0]) * operator.dilation[0]
@@ -150,5 +152,3 @@ def unfold(source: Tensor, operator: Convolution, keep: int, random: torch.Gener
     images, channels, count = patches.shape[:3]
     grouped = patches.reshape(images, operator.groups, channels // operator.groups, count, -1)
     return grouped.permute(1, 0, 3, 2, 4).reshape(operator.groups, images * count, -1)
-
-

@@ -12,7 +12,7 @@ from graphprune.plan import Choice, Plan
 
 @dataclass(frozen=True)
 class Cuts:
-    """`keep`: atom -> the indices that stay; `windows`: node of a convolution -> the window of its kernel that stays."""
+    """`keep`: atom -> the indices that stay; `windows`: node of a convolution -> the window of its kernel."""
 
     keep: Mapping[int, Indices] = field(default_factory=dict)
     windows: Mapping[str, Window] = field(default_factory=dict)
@@ -50,5 +50,5 @@ def _resolve_choice(graph: ModelGraph, choice: Choice) -> Cuts:
     if max(choice.keep) >= site.size:
         raise InputError(f"{site.name!r} has {site.size} units, the plan keeps number {max(choice.keep)}")
     if site.kind not in pattern(choice.pattern).kinds:
-        raise InputError(f"the pattern {choice.pattern!r} does not apply at {site.name!r}, which is of kind {site.kind!r}")
+        raise InputError(f"the pattern {choice.pattern!r} does not apply at {site.name!r}, of kind {site.kind!r}")
     return pattern(choice.pattern).rewrite(site, choice.keep)

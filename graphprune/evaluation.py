@@ -1,13 +1,11 @@
 """From a choice vector to a record: cut, repair, judge, and measure what would become the best."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import nn
 
-from graphprune.calibration import Statistics
 from graphprune.candidates import Candidates
 from graphprune.counting import count
 from graphprune.cuts import Cuts
@@ -21,13 +19,11 @@ from graphprune.measure import measure
 from graphprune.plan import Plan
 from graphprune.problem import Choices, Sum
 from graphprune.record import Record, Share
-from graphprune.repair import compensate, reestimate_batch_norm
+from graphprune.repair import Reference, repair
 from graphprune.study import Study
 from graphprune.surgery import cut_module, perform
 from graphprune.task import Task
 
-NORM_IMAGES = 512
-"""Calibration images over which a candidate's batch-norm statistics are averaged."""
 TRIAL_ROUNDS = 20
 Listener = Callable[[Record], None]
 
@@ -38,7 +34,7 @@ class Workbench:
 
     model: nn.Module
     graph: ModelGraph
-    statistics: Statistics
+    reference: Reference
     task: Task
     own_class: bool = True
     attributes: tuple[tuple[str, str], ...] = ()
@@ -49,23 +45,13 @@ class Workbench:
         self.own_class, self.attributes = outcome.own_class, outcome.attributes
 
     def build(self, cuts: Cuts) -> nn.Module:
-        """A cut, compensated copy in evaluation mode."""
+        """A cut, repaired copy in evaluation mode."""
         if self.own_class:
             pruned = cut_module(self.model, self.graph, cuts, self.attributes)
         else:
             pruned = cut_program(self.graph, cuts, self.model)
-        compensate(pruned, self.graph, cuts, self.statistics)
-        reestimate_batch_norm(pruned, self._norm_batches())
+        repair(pruned, self.model, self.graph, cuts, self.reference)
         return pruned.eval()
-
-    def _norm_batches(self) -> Sequence[torch.Tensor]:
-        batches, images = [], 0
-        for batch in self.task.calibration:
-            if images >= NORM_IMAGES:
-                break
-            batches.append(batch)
-            images += len(batch)
-        return batches
 
 
 @dataclass

@@ -196,7 +196,7 @@ class ModelGraph:
         return to_networkx(self)
 
     def to_pyg(self) -> Data:
-        """The graph as PyTorch Geometric data: `x` [nodes, features], `edge_index`, `edge_type` (0 flow, 1 coupling)."""
+        """As PyTorch Geometric data: `x` [nodes, features], `edge_index`, `edge_type` (0 flow, 1 coupling)."""
         from graphprune.views import to_pyg
 
         return to_pyg(self)

@@ -10,7 +10,7 @@ from graphprune.plan import Plan
 
 @dataclass(frozen=True)
 class Share:
-    """A candidate's time as a share of the dense model's: below 1 is faster. 95 % interval and raw samples in seconds."""
+    """A candidate's time / the dense model's: below 1 is faster. 95 % interval, raw samples in seconds."""
 
     value: float
     low: float
@@ -60,5 +60,6 @@ class Record:
         body["plan"] = Plan.from_json(json.dumps(body["plan"]))
         if body["measured"] is not None:
             share = body["measured"]
-            body["measured"] = Share(**{**share, "dense": tuple(share["dense"]), "candidate": tuple(share["candidate"])})
+            samples = {name: tuple(share[name]) for name in ("dense", "candidate")}
+            body["measured"] = Share(**{**share, **samples})
         return cls(**body)

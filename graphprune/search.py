@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -26,9 +27,10 @@ from graphprune.measure import share
 from graphprune.plan import Plan
 from graphprune.problem import BudgetSpent, Choices, Factor, Problem, Sum
 from graphprune.profile import Profile
-from graphprune.record import Record, Share
+from graphprune.record import Record
 from graphprune.registry import agent as create_agent
 from graphprune.registry import patterns
+from graphprune.repair import make_reference
 from graphprune.result import Result
 from graphprune.study import Study, label
 from graphprune.surgery import remember
@@ -66,10 +68,10 @@ def search(  # noqa: PLR0913 - the public entry: what is searched, for what, by 
 ) -> Result:
     """Find the most accurate pruned model that meets the target, with at most `trials` evaluations by each agent.
 
-    `model` is a module or a spec string. `engine` (ONNX Runtime, one thread) is what latency means. `study` is an SQLite
-    file or a storage URL: a killed search that is started again with the same arguments goes on where it was. `rivals`
-    names agents that get the same problem for comparison. Never fine-tunes. Raises InputError for input that cannot
-    be used, TargetError, with the best that can be reached, where no plan meets the target.
+    `model` is a module or a spec string. `engine` (ONNX Runtime, one thread) is what latency means. `study` is an
+    SQLite file or a storage URL: a killed search that is started again with the same arguments goes on where it was.
+    `rivals` names agents that get the same problem for comparison. Never fine-tunes. Raises InputError for input that
+    cannot be used, TargetError, with the best that can be reached, where no plan meets the target.
     """
     if trials < 1:
         raise InputError(f"a search needs at least one trial, not {trials}")
@@ -103,7 +105,7 @@ class _Session:
     progress: Progress
 
     @classmethod
-    def prepare(  # noqa: PLR0913, PLR0917 - the arguments of `search`
+    def prepare(
         cls, module: nn.Module, task: Task, target: Target, engine: Engine, study: str | Path | None, progress: Progress
     ) -> "_Session":
         """Trace, profile, calibrate, and build the tables."""
@@ -131,7 +133,7 @@ class _Session:
             "params": candidates.cost(lambda operator: operator.parameters, counts.params),
         }
         limits = target.shares({"latency": timing.median, "flops": counts.flops, "params": counts.params})
-        bench = Workbench(module, graph, statistics, task)
+        bench = Workbench(module, graph, make_reference(graph, task.calibration), task)
         store = Study.open(study, _study_name(module, graph, task, engine), _labels(candidates))
         session = cls(
             module, graph, task, target, engine, candidates, bench, costs, limits, candidates.error(), store,
@@ -210,13 +212,11 @@ class _Session:
         evaluator = self._evaluator(problem, agent, seed)
         evaluator.listener = lambda record: self._report(problem, agent)
         problem.evaluator = evaluator
-        try:
+        with suppress(BudgetSpent):
             create_agent(agent).run(problem, np.random.default_rng(seed))
-        except BudgetSpent:
-            pass
         if not any(record.accuracy is not None for record in problem.records):
-            reasons = {record.error for record in problem.records if record.error}
-            raise StepError(f"no candidate of {agent} could be evaluated: {'; '.join(sorted(reasons)) or 'none was tried'}")
+            reasons = sorted({record.error for record in problem.records if record.error}) or ["none was tried"]
+            raise StepError(f"no candidate of {agent} could be evaluated: {'; '.join(reasons)}")
         return problem
 
     def _report(self, problem: Problem, agent: str) -> None:
@@ -228,7 +228,7 @@ class _Session:
         self.progress("search", len(problem.records) + 1, problem.trials, note)
 
     def verify(self, problem: Problem, agent: str, seed: int) -> Result:
-        """Measure the best plans again, in a fresh process where the engine allows it, and take the first that holds."""
+        """Measure the best plans again, in a fresh process if the engine allows it; take the first that holds."""
         evaluator = self._evaluator(problem, agent, seed)
         ranked = sorted((r for r in problem.records if r.accuracy is not None), key=lambda r: r.rank, reverse=True)
         finalists = list({record.plan: record for record in ranked}.values())[:FINALISTS]
