@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from graphprune import shape_rules
+from graphprune import reduction_rules, shape_rules
 from graphprune.axes import Axis, freeze, product, unify
 from graphprune.rule import RULES, Axes, Call, Rule, Sizes, broadcast, operator, shapes_of, unknown
 
-__all__ = ["RULES", "Axes", "Call", "Rule", "operator", "shape_rules", "shapes_of", "unknown"]
+__all__ = ["RULES", "Axes", "Call", "Rule", "operator", "reduction_rules", "shape_rules", "shapes_of", "unknown"]
 
 # --- layers -----------------------------------------------------------------------------------------------------
 
@@ -173,12 +173,18 @@ def _group_norm(call: Call) -> Axes:
 
 # --- elementwise ------------------------------------------------------------------------------------------------
 
-_UNARY = """abs alias celu clamp clamp_max clamp_min clone contiguous cos detach dropout elu erf exp
-feature_dropout floor gelu hardsigmoid hardswish hardtanh leaky_relu log log1p logical_not mish neg reciprocal relu
-relu6 round rsqrt selu sigmoid sign silu sin softplus sqrt square tanh to _to_copy type_as alpha_dropout cumsum isnan
-nan_to_num threshold bitwise_not log_sigmoid zeros_like ones_like full_like expm1 ceil hardshrink""".split()  # noqa: SIM905 - a list of words
-_BROADCAST = """add sub mul div rsub pow maximum minimum where masked_fill eq ne lt gt le ge logical_and logical_or
-atan2 fmod remainder addcmul lerp bitwise_and bitwise_or floor_divide""".split()  # noqa: SIM905
+_UNARY = """
+_to_copy abs absolute alias alpha_dropout bitwise_not ceil celu clamp clamp_max clamp_min clip clone contiguous
+cos cumsum detach dropout elu erf exp expm1 feature_dropout floor full_like gelu hardshrink hardsigmoid
+hardswish hardtanh isnan leaky_relu lift_fresh_copy log log1p log2 log_sigmoid logical_not mish nan_to_num neg
+negative ones_like reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin softplus special_expit sqrt
+square tanh threshold to trunc type_as zeros_like
+""".split()  # noqa: SIM905 - words that read better than a list of strings
+_BROADCAST = """
+add addcmul atan2 bitwise_and bitwise_or div divide eq floor_divide fmod ge greater greater_equal gt le lerp
+less less_equal logical_and logical_or lt masked_fill maximum minimum mul multiply ne not_equal pow remainder
+rsub sub subtract true_divide where
+""".split()  # noqa: SIM905
 
 
 def _in_place(names: list[str]) -> list[str]:

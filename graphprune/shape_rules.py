@@ -1,11 +1,10 @@
 """Rules of operators that move, join, part or shrink axes: views, permutations, slices, pooling, reductions."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 from graphprune.axes import Axis, concatenation, freeze, product, reshape, segments, unify
-from graphprune.rule import Axes, Call, Sizes, broadcast, dimension, operator, shapes_of
+from graphprune.rule import Axes, Call, Sizes, broadcast, dimension, operator, shapes_of, unknown
 
 
 def _resize(argument: str) -> Callable[[Call, Any, Sizes], dict[str, Any]]:
@@ -46,21 +45,37 @@ def _reshape_as(call: Call) -> Axes:
     return after
 
 
+@operator("t", "numpy_T", "mT")
+def _transposed(call: Call) -> Axes:
+    source = call.axes("self")
+    return source[::-1] if len(source) == 2 else [*source[:-2], source[-1], source[-2]]
+
+
+@operator("movedim", "moveaxis")
+def _move(call: Call) -> Axes:
+    source = call.axes("self")
+    asked = (call[name] if isinstance(call[name], (list, tuple)) else [call[name]] for name in ("source", "destination"))
+    start, end = ([int(dim) % len(source) for dim in dims] for dims in asked)
+    others = iter([axis for position, axis in enumerate(source) if position not in start])
+    moved = {to: source[position] for position, to in zip(start, end, strict=True)}
+    return [moved[position] if position in moved else next(others) for position in range(len(source))]
+
+
 @operator("permute")
 def _permute(call: Call) -> Axes:
     source = call.axes("self")
     return [source[int(dim)] for dim in call["dims"]]
 
 
-@operator("transpose", "transpose_")
+@operator("transpose", "transpose_", "swapdims", "swapaxes")
 def _transpose(call: Call) -> Axes:
     source = call.axes("self")
-    one, other = dimension(call, "dim0", len(source)), dimension(call, "dim1", len(source))
+    one, other = (dimension(call, name, len(source)) for name in list(call.arguments)[1:3])
     source[one], source[other] = source[other], source[one]
     return source
 
 
-@operator("expand", literals=_resize("size"))
+@operator("expand", "broadcast_to", literals=_resize("size"))
 def _expand(call: Call) -> Axes:
     source, sizes = call.axes("self"), call.shape
     added = len(sizes) - len(source)
@@ -70,14 +85,60 @@ def _expand(call: Call) -> Axes:
     return result
 
 
-@operator("repeat")
+@operator("expand_as")
+def _expand_as(call: Call) -> Axes:
+    return broadcast(call, [call.axes("self"), call.axes("other")])
+
+
+@operator("repeat", "tile")
 def _repeat(call: Call) -> Axes:
-    source, times = call.axes("self"), list(call["repeats"])
+    source, times = call.axes("self"), list(call["repeats" if "repeats" in call.arguments else "dims"])
+    times = [1] * (len(source) - len(times)) + times
     result = call.fresh(call.shape[: len(times) - len(source)], "repeated")
     for axis, size in zip(source, call.shape[len(result) :], strict=True):
         copies = size // max(axis.size, 1)
         result.append(axis if copies == 1 else product([*call.fresh([copies], "repeated"), axis]))
     return result
+
+
+@operator("repeat_interleave")
+def _repeat_interleave(call: Call) -> Axes:
+    source = call.axes("self")
+    if not isinstance(call["repeats"], int) or call["dim"] is None:
+        return unknown(call)  # type: ignore[no-any-return]
+    dim = dimension(call, "dim", len(source))
+    source[dim] = product([source[dim], *call.fresh([call["repeats"]], "repeated")])
+    return source
+
+
+@operator("pixel_shuffle")
+def _pixel_shuffle(call: Call) -> Axes:
+    source, squared = call.axes("self"), call["upscale_factor"] ** 2
+    channels = Axis(source[-3].size // squared)
+    unify(source[-3], product([channels, *call.fresh([squared], "it becomes spatial")]), call.reason)
+    return [*source[:-3], channels, *call.fresh(call.shape[-2:], "spatial")]
+
+
+@operator("pixel_unshuffle")
+def _pixel_unshuffle(call: Call) -> Axes:
+    source = call.axes("self")
+    for axis in source[-2:]:
+        freeze(axis, "spatial")
+    channels = product([source[-3], *call.fresh([call["downscale_factor"] ** 2], "it was spatial")])
+    return [*source[:-3], channels, *call.fresh(call.shape[-2:], "spatial")]
+
+
+def _shuffled_groups(call: Call, out: Any, size: Sizes) -> dict[str, Any]:
+    return {"groups": size(call.extra["groups"])}
+
+
+@operator("channel_shuffle", literals=_shuffled_groups)
+def _channel_shuffle(call: Call) -> Axes:
+    source, groups = call.axes("self"), Axis(int(call["groups"]))
+    within = Axis(source[1].size // groups.size)
+    unify(source[1], product([groups, within]), call.reason)
+    call.extra["groups"] = groups
+    return [source[0], product([within, groups]), *source[2:]]
 
 
 @operator("roll", "flip")
@@ -88,7 +149,7 @@ def _roll(call: Call) -> Axes:
     return source
 
 
-@operator("cat")
+@operator("cat", "concat", "concatenate")
 def _cat(call: Call) -> Axes:
     tensors = [axes for value in call["tensors"] if (axes := call.axes_of(value))]
     dim = dimension(call, "dim", len(tensors[0]))
@@ -123,6 +184,16 @@ def _split(call: Call) -> list[Axes]:
     dim = dimension(call, "dim", len(source))
     parts = segments(source[dim], [shape[dim] for shape in shapes], call.reason)
     return [[*source[:dim], part, *source[dim + 1 :]] for part in parts]
+
+
+@operator("glu")
+def _glu(call: Call) -> Axes:
+    source = call.axes("self")
+    dim = dimension(call, "dim", len(source))
+    half = source[dim].size // 2
+    value, gate = segments(source[dim], [half, half], call.reason)
+    unify(value, gate, call.reason)
+    return [*source[:dim], value, *source[dim + 1 :]]
 
 
 @operator("unbind")
@@ -166,6 +237,17 @@ def _slice(call: Call) -> Axes:
     return [*source[:dim], middle, *source[dim + 1 :]]
 
 
+def _narrow_bounds(call: Call, out: Any, size: Sizes) -> dict[str, Any]:
+    bounds = _slice_bounds(call, out, size)
+    return {"start": bounds["start"], "length": bounds["end"] - bounds["start"]} if bounds else {}
+
+
+@operator("narrow", literals=_narrow_bounds)
+def _narrow(call: Call) -> Axes:
+    call.arguments |= {"step": 1}
+    return _slice(call)  # type: ignore[no-any-return]
+
+
 @operator("pad", "constant_pad_nd")
 def _pad(call: Call) -> Axes:
     source, pads = call.axes("self"), list(call["pad"])
@@ -183,27 +265,3 @@ def _pad(call: Call) -> Axes:
             ends = call.fresh([low, high], "the padding is written in the code")
             source[dim] = concatenation([axis for axis in (ends[0], middle, ends[1]) if axis.size])
     return source
-
-
-@operator(
-    "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
-    "max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "_upsample_nearest_exact2d", "max_pool2d_with_indices",
-)  # fmt: skip
-def _pool(call: Call) -> Any:
-    source = call.axes(next(iter(call.arguments)))
-    lead = len(source) - int(re.findall(r"(\d)d", str(call.node.target))[0])
-    for axis in source[lead:]:
-        freeze(axis, "spatial")
-    outputs = [[*source[:lead], *call.fresh(shape[lead:], "spatial")] for shape in shapes_of(call.node)]
-    return outputs[0] if len(outputs) == 1 else outputs
-
-
-@operator("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "linalg_vector_norm", "any")
-def _reduce(call: Call) -> Axes:
-    source = call.axes(next(iter(call.arguments)))
-    asked = call.arguments.get("dim")
-    dims = range(len(source)) if asked is None or asked == [] else [asked] if isinstance(asked, int) else asked
-    reduced = {int(dim) % len(source) for dim in dims}
-    keepdim = call.arguments.get("keepdim", False)
-    return [Axis(1) if i in reduced else axis for i, axis in enumerate(source) if keepdim or i not in reduced]
