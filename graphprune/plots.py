@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from statistics import median
 
 import matplotlib
@@ -98,7 +99,8 @@ def tradeoff(trials: Sequence[Trial], marks: Sequence[Mark], limit: float | None
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
         axes.margins(0.06)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handletextpad=0.4)
-        return _svg(figure, "tradeoff")
+        points = ", ".join(f"{mark.name} {100 * mark.accuracy:.1f} % at {mark.cost:.2f}" for mark in marks)
+        return _svg(figure, "tradeoff", f"Accuracy against {cost}, {len(trials)} trials; {points}")
 
 
 def _draw_marks(axes: Axes, marks: Sequence[Mark]) -> None:
@@ -139,7 +141,9 @@ def distributions(dense: Sequence[float], pruned: Sequence[float]) -> str:
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-        return _svg(figure, "latency")
+        return _svg(
+            figure, "latency", "Distribution of the latency samples of both models, medians as in the first table"
+        )
 
 
 def learning(history: Sequence[tuple[int, float, float]], dense: float | None, before: float | None) -> str:
@@ -165,7 +169,8 @@ def learning(history: Sequence[tuple[int, float, float]], dense: float | None, b
             axes.set_xlabel("epoch")
             axes.set_facecolor("none")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return _svg(figure, "learning")
+        last = f"{100 * history[-1][2]:.1f} % after epoch {history[-1][0]}"
+        return _svg(figure, "learning", f"Validation accuracy and training loss of each epoch; {last}")
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -175,15 +180,18 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element whose ids begin with `name`, so that several fit on one page."""
+def _svg(figure: Figure, name: str, alternative: str) -> str:
+    """The figure as an SVG element with a text for those who cannot see it.
+
+    Its ids begin with `name`, so that several fit on one page.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(alternative)}"', 1)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)  # it would style the whole page
     text = re.sub(r"(font-family:|font: [\d.]+px) [^;\"]*", r"\1 var(--font)", text)

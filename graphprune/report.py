@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import median
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from graphprune import plots
 from graphprune.atomic import write_text
@@ -17,6 +16,7 @@ from graphprune.measure import Measurement, verdict
 from graphprune.plan import Choice
 from graphprune.record import Record, Share
 from graphprune.result import Result
+from graphprune.wording import SAME, headline, latency, percent, quantity, seconds, signed, speed, warnings
 
 TEMPLATE = "report.html.j2"
 COSTS = {"latency": "latency", "flops": "FLOPs", "params": "parameters"}
@@ -68,14 +68,13 @@ def write_report(result: Result, path: Path, measurement: Measurement | None = N
 
 def _context(result: Result, measurement: Measurement | None, title: str) -> dict[str, object]:
     share = measurement.shares[-1] if measurement is not None else result.record.measured
-    sampled = share if share is not None and share.dense and share.candidate else None
     search = _searched(result)
     chosen = sorted({choice.pattern for choice in result.plan.choices})
     return {
         "title": title or result.spec or type(result.dense).__name__,
         "headline": headline(result, share),
         "good": share is not None and verdict(share) == "faster" and result.met,
-        "warnings": _warnings(result, share),
+        "warnings": warnings(result, share, measurement.timings[-1].error if measurement else None),
         "rows": _rows(result, share),
         "bounds": _bounds(result, share),
         "contenders": _contenders(result, search),
@@ -85,8 +84,8 @@ def _context(result: Result, measurement: Measurement | None, title: str) -> dic
         "size": {"width": WIDTH, "line": LINE, "radius": RADIUS},
         "colours": {pattern: f"--pattern{number % 6}" for number, pattern in enumerate(chosen)},
         "plan": _plan(result),
-        "latency": Markup(plots.distributions(sampled.dense, sampled.candidate)) if sampled else None,
-        "samples": len(sampled.candidate) if sampled else 0,
+        "latency": plots.distributions(share.dense, share.candidate) if share else None,
+        "samples": len(share.candidate) if share else 0,
         "learning": _learning(result, search),
         "notes": result.notes,
         "facts": _facts(result, share),
@@ -99,44 +98,6 @@ def _plan(result: Result) -> list[tuple[Choice, int]]:
     return [(chosen[site.name], site.size) for site in result.graph.all_sites if site.name in chosen]
 
 
-def headline(result: Result, share: Share | None) -> str:
-    """The outcome in plain words: "1.9x faster at 0.4 points lost"."""
-    if share is None:
-        cut = 1 - result.record.flops / max(1, result.dense_record.flops)
-        return f"{cut:.0%} fewer FLOPs, {_points(result)}; the latency was not measured"
-    how = verdict(share)
-    if how == "faster":
-        speed = f"{1 / share.value:.{1 if share.value < 0.85 else 2}f}x faster"
-    elif how == "slower":
-        speed = f"Slower than the dense model ({share.value:.2f} times its latency)"
-    else:
-        speed = "Not measurably faster than the dense model"
-    return f"{speed}{' ' if how == 'faster' else ', '}{_points(result)}"
-
-
-def _points(result: Result) -> str:
-    before, after = result.dense_record.accuracy, result.record.accuracy
-    if before is None or after is None:
-        return "accuracy unknown"
-    change = 100 * (after - before)
-    if abs(change) < 0.05:
-        return "at the same accuracy"
-    return f"at {abs(change):.1f} points {'gained' if change > 0 else 'lost'}"
-
-
-def _warnings(result: Result, share: Share | None) -> list[str]:
-    found = []
-    if share is not None and verdict(share) == "slower":
-        found.append("The pruned model is slower than the dense one on this engine. Do not deploy it for speed.")
-    if share is not None and verdict(share) == "no difference beyond noise":
-        found.append("The difference in latency lies within the noise of the measurement: it is no speed-up.")
-    if not result.met:
-        found.append("The target was missed; this is the nearest plan that was found.")
-    if result.record.error is not None:
-        found.append(f"This plan failed: {result.record.error}")
-    return found
-
-
 def _rows(result: Result, share: Share | None) -> list[Row]:
     before, after = result.dense_record, result.record
     rows = []
@@ -144,33 +105,24 @@ def _rows(result: Result, share: Share | None) -> list[Row]:
         change = 100 * (after.accuracy - before.accuracy)
         rows.append(
             Row("accuracy on validation data", percent(before.accuracy), percent(after.accuracy),
-                f"{change:+.1f} points".replace("-", "−"), change <= -0.05)
+                f"{signed(change, '+.1f')} points", change <= -SAME)
         )  # fmt: skip
     if share is not None:
-        rows.append(
-            Row("latency, batch 1, median", seconds(median(share.dense)), seconds(median(share.candidate)),
-                _speed(share), verdict(share) != "faster")
-        )  # fmt: skip
-    for name, dense, pruned in (("FLOPs", before.flops, after.flops), ("parameters", before.params, after.params)):
-        if dense and pruned:
-            saved = f"{100 * (pruned / dense - 1):+.0f} %".replace("-", "−")
-            rows.append(Row(name, quantity(dense), quantity(pruned), saved, pruned > dense))
+        dense, pruned = median(share.dense), median(share.candidate)
+        times = latency(dense, dense), latency(pruned, dense)
+        rows.append(Row("latency, batch 1, median", times[0], times[1], speed(share), verdict(share) != "faster"))
+    for name, old, new in (("FLOPs", before.flops, after.flops), ("parameters", before.params, after.params)):
+        if old and new:
+            rows.append(
+                Row(name, quantity(old), quantity(new), f"{signed(100 * (new / old - 1), '+.0f')} %", new > old)
+            )
     return rows
-
-
-def _speed(share: Share) -> str:
-    """The ratio with its interval, said the way round that is easy to read: how much faster, or how much slower."""
-    value, low, high = share.value, share.low, share.high
-    if value <= 1:
-        value, low, high = 1 / value, 1 / high, 1 / low
-    word = "as fast" if share.value <= 1 else "as long"
-    return f"{value:.2f} times {word} (95 % interval {low:.2f} to {high:.2f}): {verdict(share)}"
 
 
 def _limits(result: Result, share: Share | None) -> dict[str, float]:
     """The target as shares of the dense model; NaN where the dense model was not measured."""
     dense = result.dense_record
-    latency = median(share.dense) if share is not None and share.dense else math.nan
+    latency = median(share.dense) if share is not None else math.nan
     return result.target.shares(
         {"latency": latency, "flops": dense.flops or math.nan, "params": dense.params or math.nan}
     )
@@ -219,7 +171,7 @@ def _contender(agent: str, record: Record, trials: int, chosen: bool) -> Contend
     return Contender(agent, percent(record.accuracy), latency, str(trials or "–"), outcome, chosen)
 
 
-def _tradeoff(result: Result, search: Record) -> Markup | None:
+def _tradeoff(result: Result, search: Record) -> str | None:
     """The plot of all trials over the first cost that the target bounds."""
     limits = _limits(result, result.dense_record.measured or result.record.measured)
     name = next(iter(limits))
@@ -241,7 +193,7 @@ def _tradeoff(result: Result, search: Record) -> Markup | None:
         return None
     limit = limits[name] if math.isfinite(limits[name]) else None
     axis = f"{COSTS[name]}, share of the dense model" + (" (measured, else predicted)" if name == "latency" else "")
-    return Markup(plots.tradeoff(trials, marks, limit, axis))
+    return plots.tradeoff(trials, marks, limit, axis)
 
 
 def _cost(record: Record, name: str) -> float | None:
@@ -259,10 +211,10 @@ def _trial_facts(records: Iterable[Record]) -> str:
     return f"{text}: {'; '.join(reasons[:3])}{' …' if len(reasons) > 3 else ''}." if reasons else f"{text}."
 
 
-def _learning(result: Result, search: Record) -> Markup | None:
+def _learning(result: Result, search: Record) -> str | None:
     if not result.history:
         return None
-    return Markup(plots.learning(result.history, result.dense_record.accuracy, search.accuracy))
+    return plots.learning(result.history, result.dense_record.accuracy, search.accuracy)
 
 
 def _facts(result: Result, share: Share | None) -> Mapping[str, str]:
@@ -273,37 +225,8 @@ def _facts(result: Result, share: Share | None) -> Mapping[str, str]:
         "agent": result.record.agent,
         "seed": str(result.record.seed),
         "trials": str(len(result.records)),
-        "time in trials": seconds(sum(record.seconds for record in result.records)),
+        "time in trials": seconds(spent) if (spent := sum(record.seconds for record in result.records)) else "",
         "study": result.study,
         "signature of the graph": result.graph.signature,
     }
     return {name: text for name, text in facts.items() if text} | dict(sorted(result.record.environment.items()))
-
-
-def percent(value: float) -> str:
-    """A share in [0, 1] as per cent with one decimal."""
-    return f"{100 * value:.1f} %"
-
-
-def seconds(value: float) -> str:
-    """A time with three digits and a fitting unit."""
-    if value >= 100:
-        return f"{value / 60:.1f} min"
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * factor >= 1 or unit == "µs":
-            return f"{_digits(value * factor)} {unit}"
-    raise AssertionError("every time has a unit")
-
-
-def quantity(value: float) -> str:
-    """A count with three digits and a suffix."""
-    for suffix, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= factor:
-            return f"{_digits(value / factor)} {suffix}"
-    return f"{value:g}"
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, never as a power of ten."""
-    decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
-    return f"{value:.{decimals}f}"
