@@ -1,0 +1,434 @@
+"""The command line as a user meets it: what it prints, what it writes, and how it fails."""
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import typer
+from PIL import Image
+from rich.text import Text
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import graphprune as gp
+from graphprune import atomic, checkpoint, cli, delivery, models
+from graphprune.commands import base
+from graphprune.commands.base import Answer, Verb
+from graphprune.counting import count
+from graphprune.engines import fake
+from graphprune.engines.fake import FakeEngine
+from graphprune.errors import InputError, StepError
+
+VIT = "timm:vit_tiny_patch16_224?img_size=32&patch_size=8&embed_dim=48&depth=2&num_heads=3&num_classes=2"
+OTHER_VIT = VIT.replace("embed_dim=48", "embed_dim=96")
+QUICK = ("--agent", "random", "--trials", "3")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fake_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Computed timings instead of measured ones, and a cache of timings of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "engine", lambda threads, provider="": FakeEngine())
+        patch.setattr(fake, "SECONDS_PER_NODE", 1e-9)  # a tiny model would take its time for its nodes alone
+        patch.setenv("GRAPHPRUNE_CACHE", str(tmp_path_factory.mktemp("timings")))
+        yield
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Standard output as JSON: fails where anything else is printed there."""
+        facts: dict[str, Any] = json.loads(self.out)
+        return facts
+
+
+def call(*arguments: str | Path) -> Outcome:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+def good(*arguments: str | Path) -> Outcome:
+    outcome = call(*arguments)
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def one_line(outcome: Outcome, code: int = 2) -> str:
+    """The single line that a failure prints, and nothing else."""
+    assert outcome.code == code, (outcome.out, outcome.err)
+    assert outcome.out == ""
+    lines = [line for line in outcome.err.splitlines() if line.startswith("graphprune: ")]
+    assert len(lines) == 1
+    assert outcome.err.splitlines()[-1] == lines[0]
+    assert "Traceback" not in outcome.err
+    return lines[0].removeprefix("graphprune: ")
+
+
+def save_image(path: Path, colour: int, seed: int) -> None:
+    """A noisy 40x40 image that is red (0) or blue (2)."""
+    pixels = np.random.default_rng(seed).integers(0, 100, (40, 40, 3), dtype=np.uint8)
+    pixels[..., colour] += 150
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 labelled images of two classes."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(24):
+        name, colour = (("blue", 2), ("red", 0))[number % 2]
+        save_image(folder / name / f"{number}.png", colour, number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the small ViT, as a user would bring them."""
+    file = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(models.create(VIT).state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory, photos: Path, weights: Path) -> tuple[Path, dict[str, Any]]:
+    """A finished run on the labelled images: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    target = ("--latency", "0.8", "--rivals", "uniform", "--epochs", "1")
+    data = ("--data", f"imagefolder:{photos}", "--weights", weights)
+    return out, good("prune", VIT, *data, *target, *QUICK, "--out", out, "--json").facts
+
+
+# --- the whole job ----------------------------------------------------------------------------------------------------
+
+
+def test_prune_writes_the_folder_that_the_help_promises(pruned):
+    out, facts = pruned
+    promised = {"dense.onnx", "pruned.onnx", "plan.json", "model.safetensors", "result.json", "report.html"}
+    assert promised <= set(facts["files"])
+    assert set(facts["files"]) == {path.name for path in out.iterdir()}
+    assert "finetune.checkpoint" not in facts["files"]
+
+
+def test_prune_tells_what_the_files_hold(pruned):
+    """Counted again from the saved model, timed again by the fake engine, which is exact."""
+    out, facts = pruned
+    model = gp.load(out)
+    counts = count(model, torch.zeros(2, 3, 32, 32))
+    assert (facts["flops"]["pruned"], facts["params"]["pruned"]) == (counts.flops, counts.params)
+    dense, cut = (FakeEngine().seconds(out / name) for name in ("dense.onnx", "pruned.onnx"))
+    assert facts["latency"] == pytest.approx({"dense": dense, "pruned": cut})
+    assert facts["speedup"]["value"] == pytest.approx(dense / cut)
+    assert facts["met"]
+    assert cut / dense <= 0.8
+    assert facts["accuracy"].keys() == {"validation accuracy"}
+    assert facts["before_finetuning"].keys() == {"random", "uniform"}
+    assert facts["spec"] == VIT
+
+
+def test_the_exported_model_is_the_saved_one_at_any_batch(pruned):
+    out, _ = pruned
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    session = onnxruntime.InferenceSession(out / "pruned.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, gp.load(out)(images).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_dense_weights_are_the_users(pruned, weights):
+    own, kept = load_file(weights), load_file(pruned[0] / "dense.safetensors")
+    assert own.keys() == kept.keys()
+    assert all(torch.equal(own[name], kept[name]) for name in own)
+
+
+def test_prune_without_labels_is_judged_by_agreement(tmp_path: Path, weights: Path):
+    for number in range(12):
+        save_image(tmp_path / "images" / f"{number}.png", 2 * (number % 2), number)
+    data = ("--data", f"imagefolder:{tmp_path / 'images'}", "--weights", weights)
+    facts = good(
+        "prune", VIT, *data, "--flops", "0.8", *QUICK, "--epochs", "1", "--out", tmp_path / "out", "--json"
+    ).facts
+    assert facts["accuracy"]["agreement with dense"]["dense"] == 1.0
+    assert facts["flops"]["pruned"] <= 0.8 * facts["flops"]["dense"]
+    assert facts["met"]
+
+
+def test_a_second_run_takes_every_trial_from_the_study(pruned, photos, weights, monkeypatch):
+    out, facts = pruned
+    before = good("runs", out, "--json").facts["studies"]
+    arguments = ("prune", VIT, "--data", f"imagefolder:{photos}", "--weights", weights, "--latency", "0.8", *QUICK)
+    again = good(
+        *arguments, "--epochs", "0", "--out", out.parent / "again", "--study", out / "study.db", "--json"
+    ).facts
+    assert good("runs", out, "--json").facts["studies"] == before
+    assert again["flops"] == facts["flops"]
+
+
+def test_finetune_goes_on_from_a_folder(pruned, photos, tmp_path):
+    out = copied(pruned[0], tmp_path)
+    before = checkpoint.read_result(out)
+    weights = (out / "model.safetensors").read_bytes()
+    facts = good("finetune", out, "--data", f"imagefolder:{photos}", "--epochs", "2", "--json").facts
+    assert (out / "model.safetensors").read_bytes() != weights
+    after = checkpoint.read_result(out)
+    assert after["record"].plan == before["record"].plan
+    assert len(after["history"]) == 2
+    assert facts["flops"] == pruned[1]["flops"]
+
+
+def test_export_of_a_folder_and_of_a_spec(pruned, weights, tmp_path):
+    folder = good("export", pruned[0], "--out", tmp_path / "a.onnx", "--json").facts
+    dense = good("export", VIT, "--weights", weights, "--out", tmp_path / "b.onnx", "--json").facts
+    assert folder["inputs"] == dense["inputs"] == [[3, 32, 32]]
+    assert FakeEngine().seconds(tmp_path / "a.onnx") == pytest.approx(pruned[1]["latency"]["pruned"])
+    assert FakeEngine().seconds(tmp_path / "b.onnx") == pytest.approx(pruned[1]["latency"]["dense"])
+
+
+def test_report_is_rebuilt_from_what_is_saved(pruned, tmp_path):
+    out = copied(pruned[0], tmp_path)
+    first = (out / "report.html").read_text(encoding="utf-8")
+    (out / "report.html").unlink()
+    facts = good("report", out, "--json").facts
+    rebuilt = (out / "report.html").read_text(encoding="utf-8")
+    assert facts["trials"] == len(delivery.restore(out).records) > 0
+    speedup = f"{pruned[1]['speedup']['value']:.2f}"
+    assert speedup in first
+    assert speedup in rebuilt
+
+
+def test_runs_lists_studies_and_trials(pruned):
+    facts = good("runs", pruned[0], "--trials", "--json").facts
+    (study,) = facts["studies"]
+    trials = facts["trials"][study["name"]]
+    assert study["trials"] == len(trials)
+    assert {trial["agent"] for trial in trials} <= {"random", "uniform"}
+    best = max(trial["accuracy"] for trial in trials if trial["feasible"])
+    assert study["accuracy"] == best
+    text = good("runs", pruned[0], "--trials").out
+    assert text.count("random") >= sum(trial["agent"] == "random" for trial in trials)
+
+
+def test_bench_compares_with_the_first_file(pruned):
+    files = (pruned[0] / "dense.onnx", pruned[0] / "pruned.onnx")
+    facts = good("bench", *files, "--rounds", "5", "--json").facts
+    assert [len(model["samples"]) for model in facts["models"]] == [5, 5]
+    assert facts["models"][1]["share"] == pytest.approx(1 / pruned[1]["speedup"]["value"])
+    table = good("bench", *files).out
+    assert f"{pruned[1]['speedup']['value']:.2f}x" in table
+    assert "faster" in table
+
+
+def copied(folder: Path, place: Path) -> Path:
+    for path in folder.iterdir():
+        (place / path.name).write_bytes(path.read_bytes())
+    return place
+
+
+# --- looking at a model -----------------------------------------------------------------------------------------------
+
+
+def test_trace_lists_groups_and_sites(weights):
+    facts = good("trace", VIT, "--weights", weights, "--json").facts
+    graph = gp.trace(models.create(VIT), torch.zeros(2, 3, 32, 32))
+    assert facts["signature"] == graph.signature
+    assert [group["name"] for group in facts["groups"]] == [group.name for group in graph.all_groups]
+    assert [site["name"] for site in facts["sites"]] == [site.name for site in graph.all_sites]
+    text = good("trace", VIT).out
+    frozen = next(group for group in graph.all_groups if "output of the model" in " ".join(group.frozen))
+    assert any(frozen.name in line and "no: " in line for line in text.splitlines())
+    for site in graph.all_sites:
+        assert site.name[-30:] in text
+
+
+def test_trace_shows_gains_that_the_engine_would_measure(weights):
+    facts = good("trace", VIT, "--gains", "--json").facts
+    gains = [level["gain"] for site in facts["sites"] for level in site["levels"]]
+    assert gains
+    assert all(gain > 1 for gain in gains)
+
+
+def test_profile_of_a_model_and_of_the_machine():
+    facts = good("profile", VIT, "--json").facts
+    assert all(seconds > 0 for seconds in facts["layers"].values())
+    text = good("profile", VIT).out
+    assert "100.0 %" not in text
+    assert "blocks.1.mlp.fc1" in text
+    assert good("profile", "--json").facts["block"] == FakeEngine().block == 16
+
+
+# --- bad input: one line, exit code 2 -------------------------------------------------------------------------------
+
+
+def test_unknown_models():
+    assert "did you mean" in one_line(call("trace", "timm:resnt18"))
+    assert "unknown model" in one_line(call("trace", "nothing"))
+
+
+def test_a_model_that_does_not_accept_its_input():
+    assert "does not accept an input of shape (2, 3, 20, 20)" in one_line(call("trace", VIT, "--input-size", "20"))
+
+
+def test_an_unknown_agent(photos, tmp_path):
+    line = one_line(prune(photos, tmp_path, "--agent", "nobody"))
+    assert "nobody" in line
+    assert "autosculpt" in line
+
+
+def prune(photos: Path, out: Path, *options: str | Path, spec: str = VIT, target: tuple[str, ...] = ()) -> Outcome:
+    target = target or ("--latency", "0.8")
+    return call("prune", spec, "--data", f"imagefolder:{photos}", *target, "--trials", "2", "--out", out, *options)
+
+
+def test_no_target_and_targets_out_of_range(photos, tmp_path):
+    assert "--latency 0.5" in one_line(call("prune", VIT, "--data", f"imagefolder:{photos}", "--out", tmp_path))
+    assert "at most 1" in one_line(prune(photos, tmp_path, target=("--latency", "1.5")))
+    assert "positive" in one_line(prune(photos, tmp_path, target=("--latency-ms", "0")))
+
+
+def test_an_impossible_target_tells_the_best_that_can_be_reached(photos, tmp_path):
+    line = one_line(prune(photos, tmp_path, target=("--flops", "0.01")))
+    assert "the best that can be reached is flops 0." in line
+
+
+def test_a_file_that_is_no_onnx_model(pruned, tmp_path):
+    text = tmp_path / "text.onnx"
+    text.write_text("not a model")
+    assert "text.onnx is not an ONNX model" in one_line(call("bench", text, pruned[0] / "dense.onnx"))
+    assert "text.onnx is not an ONNX model" in one_line(call("bench", pruned[0] / "dense.onnx", text))
+    assert "missing.onnx" in one_line(call("bench", tmp_path / "missing.onnx"))
+
+
+def test_weights_that_are_nan_or_of_another_model_or_truncated(photos, weights, tmp_path):
+    tensors = load_file(weights)
+    broken = tmp_path / "nan.safetensors"
+    save_file(tensors | {"head.weight": torch.full_like(tensors["head.weight"], float("nan"))}, broken)
+    assert "NaN in head.weight" in one_line(prune(photos, tmp_path, "--weights", broken))
+    assert "shape" in one_line(prune(photos, tmp_path, "--weights", weights, spec=OTHER_VIT))
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(weights.read_bytes()[:-100])
+    assert "not a complete safetensors file" in one_line(prune(photos, tmp_path, "--weights", cut))
+    assert "no weights file" in one_line(prune(photos, tmp_path, "--weights", tmp_path / "gone"))
+
+
+def test_empty_and_missing_data(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "0 images" in one_line(prune(tmp_path / "empty", tmp_path / "out"))
+    assert "no folder" in one_line(prune(tmp_path / "gone", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_no_result_and_a_plan_of_another_model(pruned, tmp_path):
+    assert "cannot read" in one_line(call("report", tmp_path))
+    out = copied(pruned[0], tmp_path)
+    foreign = (out / "plan.json").read_text().replace(checkpoint.read_result(out)["record"].plan.model, "0" * 16)
+    (out / "plan.json").write_text(foreign)
+    assert "plan.json was changed" in one_line(call("export", out, "--out", tmp_path / "x.onnx"))
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_a_full_disk_leaves_the_old_file(pruned, tmp_path, monkeypatch):
+    out = tmp_path / "model.onnx"
+    out.write_text("old")
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic, "_sync", full)
+    assert "No space left on device" in one_line(call("export", pruned[0], "--out", out))
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_store_that_is_none(tmp_path):
+    assert "no study store" in one_line(call("runs", tmp_path / "none.db"))
+    assert "no study store" in one_line(call("runs", tmp_path))
+
+
+def test_usage_errors_of_the_parser():
+    assert call("prune").code == 2
+    assert call("no-such-verb").code == 2
+    assert call("bench", "--rounds", "many", "a.onnx").code == 2
+
+
+# --- the frame around the verbs -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saying(Verb):
+    """A verb that does what a test wants."""
+
+    stopped: ClassVar[str] = "stopped; do it again"
+    error: ClassVar[BaseException | None] = None
+
+    def run(self) -> Answer:
+        print("chatter of a library")
+        if self.error is not None:
+            raise self.error
+        return Answer({"answer": 42}, (Text("forty-two [of] all"),))
+
+
+def executed(monkeypatch: pytest.MonkeyPatch, error: BaseException | None, *options: str) -> Outcome:
+    monkeypatch.setattr(Saying, "error", error)
+    app = typer.Typer(result_callback=lambda verb, **_: cli.execute(verb), callback=lambda: None)
+    app.command("say")(Saying)
+    result = CliRunner().invoke(app, ["say", *options])
+    return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+def test_standard_output_holds_the_answer_alone(monkeypatch):
+    assert executed(monkeypatch, None, "--json").facts == {"answer": 42}
+    said = executed(monkeypatch, None)
+    assert said.out == "forty-two [of] all\n"
+    assert said.err == "chatter of a library\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("the input is wrong"), 2, "the input is wrong"),
+        (StepError("the step failed"), 1, "the step failed"),
+        (KeyError("lost"), 1, "unexpected KeyError: 'lost' (--debug prints the traceback)"),
+        (KeyboardInterrupt(), 130, "stopped; do it again"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(monkeypatch, error, code, line):
+    assert one_line(executed(monkeypatch, error), code) == line
+
+
+def test_debug_prints_the_traceback(monkeypatch):
+    outcome = executed(monkeypatch, KeyError("lost"), "--debug")
+    assert outcome.code == 1
+    assert "Traceback" in outcome.err
+    assert "raise self.error" in outcome.err
+
+
+def test_every_verb_explains_itself():
+    listed = good("--help").out
+    for name, verb in cli.VERBS.items():
+        assert name in listed
+        explained = good(name, "--help").out
+        assert " ".join((verb.__doc__ or "").split()[:4]) in " ".join(explained.split())
+        assert "--json" in explained
+    assert good("--version").out == f"graphprune {gp.__version__}\n"
+
+
+def test_help_needs_no_torch():
+    code = "import sys, graphprune.cli; print('torch' in sys.modules, 'optuna' in sys.modules)"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.split() == ["False", "False"]
