@@ -74,7 +74,7 @@ def main() -> None:
     dense = models.create("cifar:resnet20", options.weights)
     result = gp.search(
         dense, task, gp.Target(latency=options.latency), trials=options.trials, seed=options.seed,
-        study=options.work / "study.db", progress=progress, rivals=("dp",),
+        study=options.work / "study.db", progress=progress,
     )  # fmt: skip
     result = replace(result, spec="cifar:resnet20")
     searched = time.perf_counter() - start
@@ -101,7 +101,6 @@ def main() -> None:
         "latency_share_before_tuning": asdict(result.record.measured),
         "validation_before": result.record.accuracy,
         "validation_after": tuned.record.accuracy,
-        "dp_validation": {name: record.accuracy for name, record in result.rivals.items()},
         "trials": len(result.records),
         "seed": options.seed,
         "history": tuned.history,
