@@ -89,25 +89,39 @@ class Evaluator:
             self.listener(record)
         return record
 
-    def _judge(self, plan: Plan, choices: Choices) -> Record:
+    def probe(self, choices: Choices) -> Record:
+        """A record with a measured latency, whatever its accuracy; a stored one makes a resumed search go the same way.
+
+        Raises StepError where the plan cannot be built or run.
+        """
+        plan = self.plan_of(choices)
+        record = self.study.find(plan)
+        if record is None or record.measured is None:
+            record = self._judge(plan, choices, always=True)
+            if record.measured is None:
+                raise StepError(record.error or "the candidate could not be measured")
+            self.study.add(record)
+        return record
+
+    def _judge(self, plan: Plan, choices: Choices, always: bool = False) -> Record:
         start = time.perf_counter()
         blank = Record(
             plan, predicted=self.predict(choices), agent=self.agent, seed=self.seed, environment=environment()
         )
         try:
-            record = self._evaluate(blank, choices)
+            record = self._evaluate(blank, choices, always)
         except Exception as error:  # whatever a candidate does wrong, the search goes on
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
             record = replace(blank, error=f"{type(error).__name__}: {text}")
         record = replace(record, seconds=time.perf_counter() - start)
         return replace(record, feasible=self._feasible(record))
 
-    def _evaluate(self, blank: Record, choices: Choices) -> Record:
+    def _evaluate(self, blank: Record, choices: Choices, always: bool) -> Record:
         pruned = self.bench.build(self.candidates.cuts(choices))
         counts = count(pruned, self.bench.task.example_inputs)
         accuracy = self.bench.task.accuracy(pruned)
         record = replace(blank, accuracy=accuracy, flops=counts.flops, params=counts.params)
-        if accuracy > self.best and self._feasible(record):
+        if always or (accuracy > self.best and self._feasible(record)):
             record = replace(record, measured=self.measure(pruned))
         return record
 

@@ -43,6 +43,8 @@ Progress = Callable[[str, int, int, str], None]
 """Called with the stage, the steps done, their number, and a note such as the best result so far."""
 PROBES = 5
 """Random plans near the target that are measured before the search, to correct the predicted latency."""
+LEAST_SAVED = 0.05
+"""Plans that save less tell nothing about the factor."""
 MARGIN = 0.98
 """The search aims a little below the latency target, so that the verified upper bound still meets it."""
 FINALISTS = 8
@@ -191,11 +193,12 @@ class _Session:
         rng, ratios = np.random.default_rng(0), []
         for number in range(PROBES):
             choices = random_walk(problem, rng)
-            saved = 1 - self.costs["latency"](choices)
-            ratios.append((1 - evaluator.measure(self.bench.build(self.candidates.cuts(choices))).value) / saved)
+            measured = evaluator.probe(choices).measured
+            assert measured is not None
+            if (saved := 1 - self.costs["latency"](choices)) > LEAST_SAVED:
+                ratios.append((1 - measured.value) / saved)
             self.progress("profile", number + 1, PROBES, "whole models")
-        factor = median(ratios)
-        self.costs["latency"] = corrected(self.costs["latency"], factor)
+        self.costs["latency"] = corrected(self.costs["latency"], median(ratios or [1.0]))
         self._check_reachable()
 
     def _evaluator(self, problem: Problem, agent: str, seed: int) -> Evaluator:
