@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphprune.errors import InputError
+from graphprune.task import evaluating
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def count(model: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor
     first = [x[:1].to(device) if x.dim() else x.to(device) for x in inputs]
     counter = FlopCounterMode(display=False)
     try:
-        with _evaluation(model), _countable(), torch.no_grad(), counter:
+        with evaluating(model), _countable(), torch.no_grad(), counter:
             model(*first)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in first)
@@ -51,15 +52,3 @@ def _countable() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards the mode that each module had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

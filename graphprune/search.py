@@ -288,6 +288,14 @@ class _Session:
         return notes
 
 
+def _dense_accuracy(module: nn.Module, task: Task) -> float:
+    """The accuracy to hold on to; outputs or a metric that are NaN are the caller's input, not a failure of ours."""
+    try:
+        return task.accuracy(module)
+    except StepError as error:
+        raise InputError(f"the dense model cannot be judged: {error}") from None
+
+
 def _no_evaluator(choices: Choices) -> Record:
     raise StepError("this problem is not to be evaluated")
 
