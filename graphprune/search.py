@@ -120,7 +120,7 @@ class _Session:
         if timing.error is not None:
             raise StepError(f"the dense model does not run: {timing.error}")
         dense = Record(
-            Plan(graph.signature, (), graph.inputs), task.accuracy(module), predicted={"latency": 1.0},
+            Plan(graph.signature, (), graph.inputs), _dense_accuracy(module, task), predicted={"latency": 1.0},
             measured=share(timing, timing, engine.identity), flops=counts.flops, params=counts.params,
             environment=environment(),
         )  # fmt: skip
