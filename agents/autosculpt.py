@@ -133,7 +133,7 @@ class Search:
                 gae_lambda=1.0,
                 ent_coef=0.01,
                 clip_range=0.2,
-                policy_kwargs={"problem": problem, "optimizer_kwargs": {"eps": 1e-5, "fused": True}},
+                policy_kwargs={"problem": problem},
                 device="cpu",
             )
             self.ppo.set_logger(Logger(None, []))

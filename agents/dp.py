@@ -24,7 +24,7 @@ MULTIPLIERS = np.geomspace(1e-3, 1e3, 60)
 """Lagrange multipliers, relative to a component's error per cost."""
 SCALES = (1.0, 0.97, 0.94)
 EXPONENTS = (1.0, 0.5, 0.75, 1.5, 2.0)
-STALLS = 30
+STALLS = 100
 """The search over sensitivities stops after this many plans in a row that are not new."""
 Vectors = NDArray[np.int64]
 
@@ -181,9 +181,11 @@ class DynamicProgramming:
         while stalls < STALLS:
             probe = centre + width * rng.normal(size=len(centre)) * (rng.random(len(centre)) < 0.5)
             value = self._try(problem, solver.solve(1.0, 1.0, np.exp(probe)), tried)
-            stalls = stalls + 1 if value is None else 0
-            width = max(0.98 * width, 0.1)
-            if value is not None and value > best:
+            if value is None:  # nothing new so near: look farther away
+                stalls, width = stalls + 1, min(1.05 * width, 3.0)
+                continue
+            stalls, width = 0, max(0.95 * width, 0.1)
+            if value > best:
                 best, centre = value, probe
 
     def _try(self, problem: Problem, plan: Choices | None, tried: dict[Choices, float]) -> float | None:

@@ -130,13 +130,17 @@ class PairScorer(BaseFeaturesExtractor):  # type: ignore[misc]
         return torch.cat([self.logit(self.score(pairs))[:, :, 0], self.value(context)], dim=1)
 
     def _static(self) -> tuple[Tensor, Tensor]:
-        """Embeddings of the nodes and of all options; between two updates, rollouts reuse them."""
+        """Embeddings of the nodes and of all options. Between two updates the rollouts reuse them."""
         if torch.is_grad_enabled():
-            return self.encoder(self.nodes, self.edges, self.kinds), self.pattern(self.patterns)
+            self._kept = None  # an update follows; not every optimiser counts up the version of what it changes
+            return self._embed()
         version = sum(parameter._version for parameter in self._trained)
         if self._kept is None or self._kept[0] != version:
-            self._kept = version, (self.encoder(self.nodes, self.edges, self.kinds), self.pattern(self.patterns))
+            self._kept = version, self._embed()
         return self._kept[1]
+
+    def _embed(self) -> tuple[Tensor, Tensor]:
+        return self.encoder(self.nodes, self.edges, self.kinds), self.pattern(self.patterns)
 
 
 class Split(nn.Module):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import graphprune.agents as agents
+from graphprune import agents
 from graphprune.agents import create
 from graphprune.errors import InputError
 
@@ -23,7 +23,9 @@ def imports(module: str) -> set[str]:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match="unknown agent 'autosculp'; known: autosculpt, dp, magnitude, random, uniform"):
+    with pytest.raises(
+        InputError, match="unknown agent 'autosculp'; known: autosculpt, dp, magnitude, random, uniform"
+    ):
         create("autosculp")
 
 
@@ -50,7 +52,9 @@ def test_autosculpt_never_reaches_the_dynamic_programme() -> None:
     while todo:
         module = todo.pop()
         reached.add(module)
-        found = {name for name in imports(module.removeprefix("graphprune.agents.")) if name.startswith("graphprune.agents.")}
+        found = {
+            name for name in imports(module.removeprefix("graphprune.agents.")) if name.startswith("graphprune.agents.")
+        }
         todo |= found - reached
     assert "graphprune.agents.encoder" in reached
     assert "graphprune.agents.dp" not in reached

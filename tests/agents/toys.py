@@ -1,7 +1,7 @@
 """Small problems whose best plan can be found by enumeration."""
 
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -50,7 +50,9 @@ def problem(
         costs={"latency": Sum(0.0, tuple(costs))},
         limits={"latency": limit},
         error=Sum(0.0, tuple(Factor((i,), table) for i, table in enumerate(errors))),
-        evaluator=lambda choices: Record(made.plan(choices), accuracy=accuracy(choices), feasible=made.feasible(choices)),
+        evaluator=lambda choices: Record(
+            made.plan(choices), accuracy=accuracy(choices), feasible=made.feasible(choices)
+        ),
         trials=trials,
     )
     accuracy = hidden_accuracy(rng, errors)
@@ -60,7 +62,7 @@ def problem(
 def hidden_accuracy(rng: np.random.Generator, errors: list[np.ndarray]) -> Judge:
     """Accuracy in [0, 1] from errors with other sensitivities, and from interactions of neighbours."""
     real = [table * np.r_[1.0, rng.lognormal(0, 0.4, len(table) - 1)] for table in errors]
-    ties = [rng.normal(0, 0.15, (len(a), len(b))) for a, b in zip(errors[:-1], errors[1:], strict=True)]
+    ties = [rng.normal(0, 0.15, (len(a), len(b))) for a, b in pairwise(errors)]
     for tie in ties:
         tie[0], tie[:, 0] = 0.0, 0.0
 

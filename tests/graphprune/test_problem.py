@@ -1,0 +1,59 @@
+"""The vectorised tables against one choice vector at a time, and the counting of trials."""
+
+import numpy as np
+import pytest
+
+from graphprune.problem import BudgetSpent
+from tests.agents.toys import feasible_plans, problem
+
+MADE = problem(5, sizes=(3, 4, 2, 5), limit=0.5, trials=2)
+SOME = np.stack([np.random.default_rng(0).integers(0, size, 20) for size in (3, 4, 2, 5)], axis=1)
+
+
+def test_batches_are_many_single_values() -> None:
+    assert MADE.error.batch(SOME) == pytest.approx([MADE.error(row) for row in SOME.tolist()])
+    assert MADE.overruns(SOME) == pytest.approx([MADE.overrun(row) for row in SOME.tolist()])
+
+
+@pytest.mark.parametrize("site", range(4))
+def test_sweeps_replace_one_site(site: int) -> None:
+    rows = [
+        [*row[:site], option, *row[site + 1 :]] for row in SOME.tolist() for option in range(SOME[:, site].max() + 1)
+    ]
+    options = len(rows) // len(SOME)
+    assert options == len(MADE.decisions[site].options)
+    assert MADE.error.sweep(SOME, site, options).ravel() == pytest.approx([MADE.error(row) for row in rows])
+    assert MADE.sweep_overruns(SOME, site).ravel() == pytest.approx([MADE.overrun(row) for row in rows])
+
+
+def test_masks_are_many_single_masks() -> None:
+    for decided in range(4):
+        prefixes = SOME[:, :decided]
+        assert MADE.masks(prefixes).tolist() == [MADE.mask(prefix).tolist() for prefix in prefixes.tolist()]
+
+
+def test_the_wall_allows_the_feasible_plans_and_no_others() -> None:
+    allowed = [tuple(row) for row in np.ndindex(3, 4, 2, 5) if MADE.allows(row)]
+    assert allowed == feasible_plans(MADE)
+    assert 10 < len(allowed) < 100
+
+
+def test_the_order_of_a_sum_does_not_decide_a_target() -> None:
+    made = problem(5, sizes=(3, 4, 2, 5), trials=1)
+    for row in SOME.tolist():
+        made.limits = {"latency": made.costs["latency"](row)}
+        made.__dict__.pop("cheapest", None)
+        assert made.allows(row)
+
+
+def test_every_evaluation_counts_but_the_evaluator_is_asked_once() -> None:
+    made = problem(5, sizes=(3, 4, 2, 5), trials=3)
+    asked, inner = [], made.evaluator
+    made.evaluator = lambda choices: (asked.append(choices), inner(choices))[1]
+    first, again = made.evaluate((1, 1, 1, 1)), made.evaluate([1, 1, 1, 1])
+    made.evaluate((2, 3, 1, 4))
+    assert first is again
+    assert asked == [(1, 1, 1, 1), (2, 3, 1, 4)]
+    assert (len(made.records), made.remaining) == (3, 0)
+    with pytest.raises(BudgetSpent):
+        made.evaluate((0, 0, 0, 0))
