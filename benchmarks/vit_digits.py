@@ -2,8 +2,8 @@
 
     python benchmarks/vit_digits.py
 
-Trains the dense model (seeded), searches for 0.6 of its latency, fine-tunes, and measures in a fresh process. The test set
-is read once per row. Writes `results/vit_digits-<engine>-1t-<processor>.json`.
+Trains the dense model (seeded), searches for 0.6 of its latency, fine-tunes, and measures in a fresh process. The test
+set is read once per row. Writes `results/vit_digits-<engine>-1t-<processor>.json`.
 """
 
 import json
