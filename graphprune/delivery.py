@@ -12,7 +12,7 @@ from graphprune.atomic import write_bytes, write_text
 from graphprune.counting import Counts, count
 from graphprune.engines.base import Engine, Timing
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
-from graphprune.errors import InputError
+from graphprune.errors import InputError, StepError
 from graphprune.export import export_onnx
 from graphprune.layout import DENSE_ONNX, DENSE_WEIGHTS, PRUNED_ONNX, REPORT, TRIALS
 from graphprune.measure import Measurement, measure
@@ -26,8 +26,8 @@ from graphprune.tracing import trace
 ROUNDS = 50
 """Interleaved samples of the final measurement."""
 
-MISSED = "the final measurement misses the target"
-"""How the note begins that says so; a later delivery of the same result replaces it."""
+MISSED = "the target was missed"
+"""How the note begins that says so; the final measurement's replaces the one of the search."""
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -76,7 +76,7 @@ def _final(result: Result, dense: Counts, pruned: Counts, measurement: Measureme
     """The result with what was counted and measured at the end."""
     share = measurement.shares[-1]
     if share is None:
-        raise InputError(f"the pruned model cannot be measured: {measurement.timings[-1].error}")
+        raise StepError(f"the pruned model cannot be measured: {measurement.timings[-1].error}")
     record = replace(result.record, measured=share, flops=pruned.flops, params=pruned.params)
     before = replace(result.dense_record, flops=dense.flops, params=dense.params)
     limits = result.target.shares(

@@ -27,9 +27,9 @@ RIVALS = ("uniform", "random", "dp")
 class Settings:
     """How long the demo takes and what it asks for: `latency` is the target's share of the dense model's."""
 
-    trials: int = 60
-    latency: float = 0.55
-    dense_epochs: int = 12
+    trials: int = 40
+    latency: float = 0.5
+    dense_epochs: int = 10
     epochs: int = 6
     seed: int = 0
 

@@ -79,10 +79,14 @@ def _counts(before: int, after: int, unit: float, sign: str) -> tuple[str, str, 
 
 def rivals(records: Mapping[str, "Record"]) -> Table:
     """The best plan of each agent on the same problem, before fine-tuning."""
-    table = Table(title="the same target by other agents, before fine-tuning", title_justify="left")
+    table = Table(
+        title="each agent's best plan for the same target, before fine-tuning\n"
+        "(accuracy on the validation slice, latency as a share of dense)",
+        title_justify="left",
+    )
     table.add_column("agent")
-    for heading in ("validation accuracy", "predicted latency", "measured latency", "target"):
-        table.add_column(heading, justify="right")
+    for heading in ("accuracy", "predicted", "measured (95 %)", "target"):
+        table.add_column(heading, justify="right", no_wrap=heading.startswith("measured"))
     for agent, record in records.items():
         table.add_row(agent, *_rival(record))
     return table

@@ -1,6 +1,6 @@
 """`prune` and `finetune`: from a dense model to a folder with a faster one."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -92,14 +92,18 @@ class Prune(Verb):
         return outcome.with_rivals(answer, delivered, found) if delivered.result.rivals else answer
 
     def _target(self) -> "gp.Target":
-        bounds = (self.latency, self.flops, self.params, self.latency_ms, self.flops_g, self.params_m)
-        if all(bound is None for bound in bounds):
+        bounds = {bound.name: getattr(self, bound.name) for bound in fields(gp.Target)}
+        if all(bound is None for bound in bounds.values()):
             raise InputError("no target is given: add for example --latency 0.5 (half of the dense model's)")
-        return gp.Target(*bounds)
+        return gp.Target(**bounds)
 
     def _warnings(self) -> tuple[str, ...]:
-        trained = self.weights is not None or "pretrained=True" in self.model or self.model.count(":") == 0
-        return () if trained else ("no --weights are given: the dense model is untrained unless its code loads some",)
+        from graphprune import models
+
+        spec = models.parse(self.model)
+        if self.weights is not None or spec.pretrained or not spec.library:
+            return ()
+        return ("the dense model is untrained: neither --weights nor pretrained=True is given",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,9 @@ class Finetune(Verb):
         typer.Option(metavar="FILE", help="The dense model's weights. Default: dense.safetensors in DIR."),
     ] = None
     model: OwnModel = None
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the training and of the data slices.")] = 0
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed of the training and of the data slices: that of prune.")
+    ] = 0
     test: Annotated[bool, typer.Option("--test", help="Read the test set, once, for the final table.")] = False
     threads: Threads = 1
 
