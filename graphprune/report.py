@@ -206,9 +206,9 @@ def _trial_facts(records: Iterable[Record]) -> str:
     found = list(records)
     failed = [record for record in found if record.error is not None]
     missed = sum(record.error is None and not record.feasible for record in found)
-    text = f"{len(found)} trials, {missed} of them miss the target, {len(failed)} failed and are not in the plot"
+    text = f"{len(found)} trials; missing the target: {missed}; failed and not in the plot: {len(failed)}"
     reasons = sorted({str(record.error).splitlines()[0] for record in failed if record.error})
-    return f"{text}: {'; '.join(reasons[:3])}{' …' if len(reasons) > 3 else ''}." if reasons else f"{text}."
+    return f"{text} ({'; '.join(reasons[:3])}{'; …' if len(reasons) > 3 else ''})." if reasons else f"{text}."
 
 
 def _learning(result: Result, search: Record) -> str | None:

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from xml.etree import ElementTree
@@ -222,7 +223,7 @@ def test_plan_and_rivals(graph: ModelGraph, tmp_path: Path) -> None:
 
 def test_all_trials_are_accounted_for(graph: ModelGraph, tmp_path: Path) -> None:
     text = written(a_result(graph), tmp_path)
-    assert "5 trials, 1 of them miss the target, 1 failed and are not in the plot: no kernel for this." in text
+    assert "5 trials; missing the target: 1; failed and not in the plot: 1 (no kernel for this)." in text
     assert "trial (3)" in text
     assert "misses the target (1)" in text
     assert "target 0.55" in text
@@ -385,6 +386,21 @@ def test_drawing_holds_every_layer_once_and_nothing_overlaps(network: ModelGraph
     marked = [box for box in drawing.boxes if box.patterns]
     assert len(marked) >= len(plan.choices)
     assert all(len(box.lines) >= 2 for box in drawing.boxes)
+
+
+def test_every_edge_is_drawn_once_and_no_arc_crosses_a_box(network: ModelGraph) -> None:
+    drawing, flow = draw(network, Plan(network.signature, (), network.inputs)), collapse(network)
+    found = rows(flow, 7)
+    edges = {(a if a in row else None, b) for row in found for a, b in flow.edges if b in row}
+    firsts = {row[0] for row in found}
+    direct = {(a, b) for row in found for a, b in pairwise(row)} | {(None, b) for b in firsts}
+    assert len(drawing.arrows) == len(edges & direct)
+    assert len(drawing.arcs) == len(edges - direct)
+    assert len(drawing.turns) == len(found) - 1
+    for path in drawing.arcs:
+        across = float(re.match(r"M\S+ \S+V([\d.]+)q0 -5", path).group(1)) - 5  # type: ignore[union-attr]
+        assert across > 0
+        assert not any(box.y <= across <= box.y + drawing.box_height for box in drawing.boxes)
 
 
 def test_boxes_tell_what_was_chosen(graph: ModelGraph) -> None:
