@@ -93,6 +93,7 @@ def main() -> None:
     gp.export_onnx(dense, options.work / "dense.onnx", task.example_inputs)
     gp.export_onnx(tuned.model, RESULTS / "pruned.onnx", task.example_inputs)
     measurement = gp.measure([options.work / "dense.onnx", RESULTS / "pruned.onnx"], rounds=200, fresh=True)
+    measurement = replace(measurement, names=("dense", "pruned"))
     print(measurement)
     body = {
         "rows": rows,

@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import graphprune as gp
@@ -43,6 +43,7 @@ def main() -> None:
         for file, module in zip(files, (dense, tuned.model), strict=True):
             gp.export_onnx(module, file, task.example_inputs)
         measurement = gp.measure(files, rounds=100, fresh=True)
+    measurement = replace(measurement, names=("dense", "pruned"))
     body = {
         "model": SPEC,
         "target": LATENCY,

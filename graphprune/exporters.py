@@ -96,11 +96,20 @@ def convert(request: Request, routes: Sequence[Callable[[Request], ir.Model]]) -
             with torch.no_grad(), _silence():
                 converted = route(request)
                 fold_pads(converted)
+            forget_source(converted)
             return converted
         except Exception as error:  # exporters raise anything, from TypeError to errors of their own
             errors.append(error)
     advice = "; dynamic_batch=False may help" if request.dynamic else ""
     raise StepError(f"the model cannot be exported to ONNX: {_reason(errors[0])}{advice}") from errors[0]
+
+
+def forget_source(model: ir.Model) -> None:
+    """Drop what exporters note of the source code, in place: stack traces name folders of the machine they ran on."""
+    for holder in (model, model.graph, *model.graph, *(value for node in model.graph for value in node.outputs)):
+        holder.metadata_props.clear()
+    for node in model.graph:
+        node.doc_string = None
 
 
 def by_dynamo(request: Request) -> ir.Model:

@@ -257,3 +257,10 @@ def test_the_exporters_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixtur
     export_onnx(Windowed(), tmp_path / "model.onnx", torch.randn(1, 3, 9, 8))
     onnx_bytes(Windowed(), torch.randn(1, 3, 9, 8))
     assert capfd.readouterr() == ("", "")
+
+
+def test_no_folder_of_this_machine_is_in_the_file(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    path = export_onnx(model, tmp_path / "model.onnx", torch.rand(2, 3, 8, 8))
+    for folder in (Path(__file__).parent, Path(torch.__file__).parent):
+        assert str(folder).encode() not in path.read_bytes()
