@@ -9,7 +9,9 @@ from graphprune.rule import Axes, Call, Sizes, broadcast, dimension, operator, s
 
 def _resize(argument: str) -> Callable[[Call, Any, Sizes], dict[str, Any]]:
     def literals(call: Call, out: Any, size: Sizes) -> dict[str, Any]:
-        asked = call[argument]
+        asked = call.arguments.get(argument)
+        if asked is None:  # a view as another type
+            return {}
         first = dimension(call, "dim", len(out) - len(asked) + 1) if argument == "sizes" else 0
         axes, shape = out[first : first + len(asked)], call.node.meta["val"].shape[first:]
         after = [_resized(item, axis, size) for item, axis in zip(asked, axes, strict=True)]

@@ -5,7 +5,6 @@ code uses (`num_heads`) are found through the literals of the exported graph. Wh
 no attribute reaches, the exported graph itself, with its literals rewritten, is the result.
 """
 
-import copy
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from graphprune.errors import StepError
 from graphprune.exported import cut_program, literal_changes
 from graphprune.graph import ModelGraph
 from graphprune.plan import Plan
-from graphprune.tracing import first_line, state_of, trace
+from graphprune.tracing import copied, first_line, state_of, trace
 from graphprune.window import windowed
 
 TOLERANCE = 100
@@ -97,7 +96,7 @@ def perform(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Operation:
 
 def varied(model: nn.Module) -> nn.Module:
     """A copy whose constant parameters are random: one that starts at zero would hide from a check what was cut."""
-    subject = copy.deepcopy(model)
+    subject = copied(model)
     generator = torch.Generator().manual_seed(0)
     for parameter in subject.parameters():
         if parameter.is_floating_point() and parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
@@ -126,7 +125,7 @@ def cut_module(
     model: nn.Module, graph: ModelGraph, cuts: Cuts, attributes: Sequence[tuple[str, str]] = ()
 ) -> nn.Module:
     """Cut a copy of the module itself. `attributes` are the (class, attribute) pairs that follow the literals."""
-    pruned = copy.deepcopy(model).train()  # modules that cache tensors of the old size in eval mode drop them
+    pruned = copied(model).train()  # modules that cache tensors of the old size in eval mode drop them
     for node, window in cuts.windows.items():
         path = graph.layer[node].module
         pruned.set_submodule(path, windowed(pruned.get_submodule(path), window))  # type: ignore[arg-type]

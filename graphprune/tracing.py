@@ -3,6 +3,7 @@
 import copy
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +51,14 @@ def _as_tuple(example_inputs: Any) -> tuple[torch.Tensor, ...]:
 
 def _fresh_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode. Modules that cache tensors in eval mode (attention biases) drop them in `train()`."""
-    return copy.deepcopy(model).train().eval()
+    return copied(model).train().eval()
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that cached a tensor with a gradient history, which torch refuses to copy."""
+    leaves = (leaf for module in model.modules() for leaf in torch.utils._pytree.tree_leaves(vars(module)))
+    cached = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in cached})
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -74,7 +82,9 @@ def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.
         if x.dim():
             shapes[x] = {0: torch.export.Dim.AUTO}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # Caches that the forward code fills (attention biases): the copy that is exported is thrown away.
+            warnings.filterwarnings("ignore", message="The tensor attribute", category=UserWarning)
             return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     except TimeoutError:
         raise StepError("torch.export did not finish within the time limit") from None
@@ -207,6 +217,8 @@ class _Walk:
         weight = call["weight"]
         shape = shapes_of(weight)[0]
         source = forms[call["input"]][0]
+        if name == "conv2d" and len(source) != 4:
+            return None
         if name == "linear":
             linear = _linear(node, shape)
             return Layer(
