@@ -56,7 +56,8 @@ def _transposed(call: Call) -> Axes:
 @operator("movedim", "moveaxis")
 def _move(call: Call) -> Axes:
     source = call.axes("self")
-    asked = (call[name] if isinstance(call[name], (list, tuple)) else [call[name]] for name in ("source", "destination"))
+    given = (call["source"], call["destination"])
+    asked = (dims if isinstance(dims, (list, tuple)) else [dims] for dims in given)
     start, end = ([int(dim) % len(source) for dim in dims] for dims in asked)
     others = iter([axis for position, axis in enumerate(source) if position not in start])
     moved = {to: source[position] for position, to in zip(start, end, strict=True)}
