@@ -67,7 +67,7 @@ def main() -> None:
         "measurement": json.loads(measurement.to_json()),
         "environment": environment(),
     }
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", environment()["processor"])
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", environment()["processor"]).strip("-")
     path = RESULTS / f"vit_digits-onnxruntime{environment()['onnxruntime']}-1t-{name}.json"
     path.write_text(json.dumps(body, indent=1) + "\n")
     print(

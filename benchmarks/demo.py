@@ -1,0 +1,43 @@
+"""`graphprune demo`, timed, with its tables kept.
+
+    python benchmarks/demo.py
+
+Runs the command in an empty folder with an empty profile cache. Writes `results/demo-<engine>-1t-<processor>.json`.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from graphprune.machine import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Run, time, write."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        process = subprocess.run(
+            [sys.executable, "-c", "from graphprune.cli import main; main()", "demo", "--json", "--out", "demo"],
+            cwd=folder,
+            env={**os.environ, "GRAPHPRUNE_CACHE": f"{folder}/cache"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        seconds = time.perf_counter() - start
+    body = {"seconds": seconds, "demo": json.loads(process.stdout), "environment": environment()}
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", environment()["processor"]).strip("-")
+    path = RESULTS / f"demo-onnxruntime{environment()['onnxruntime']}-1t-{name}.json"
+    path.write_text(json.dumps(body, indent=1) + "\n")
+    print(f"{seconds:.0f} s: {path.name}")
+
+
+if __name__ == "__main__":
+    main()
