@@ -24,7 +24,7 @@ class Demo(Verb):
 
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")] = Path("demo")
     trials: Annotated[
-        int | None, typer.Option(metavar="N", help="Plans that each agent may evaluate. Default: 40.", min=1)
+        int | None, typer.Option(metavar="N", help="Plans that each agent may evaluate. Default: 30.", min=1)
     ] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of everything that is random.")] = 0
 
