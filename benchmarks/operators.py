@@ -2,7 +2,7 @@
 
     python benchmarks/operators.py
 
-Every row is timed as the profile times it (many copies against one, in the engine's blocked layout), with a fresh cache.
+Every row is timed as the profile times it: many copies against one, in the engine's blocked layout, with a fresh cache.
 Writes `results/operators-<engine>-1t-<processor>.json`: seconds of each pass, speed-up over dense, share of FLOPs.
 """
 

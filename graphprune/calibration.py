@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from graphprune.exported import plain_module
 from graphprune.graph import Layer, ModelGraph
 from graphprune.operators import Convolution, Operator
 from graphprune.tracing import operator_name
+from graphprune.window import padded
 
 ROWS_PER_FEATURE = 32
 LEAST_ROWS = 16384
@@ -142,13 +142,13 @@ def vectors(source: Tensor, operator: Operator, positions: Tensor) -> Tensor:
         flat = source.reshape(len(source), -1, source.shape[-1])[:, positions]
         return flat.reshape(1, -1, source.shape[-1])
     top, left, bottom, right = operator.padding
-    padded = functional.pad(source, (left, right, top, bottom))
+    source = padded(source, (left, right, top, bottom))
     columns = operator.output_size[1]
     y = (positions // columns) * operator.stride[0]
     x = (positions % columns) * operator.stride[1]
     taps_y = torch.arange(operator.kernel[0]) * operator.dilation[0]
     taps_x = torch.arange(operator.kernel[1]) * operator.dilation[1]
-    patches = padded[:, :, (y[:, None, None] + taps_y[:, None]), (x[:, None, None] + taps_x[None, :])]
+    patches = source[:, :, (y[:, None, None] + taps_y[:, None]), (x[:, None, None] + taps_x[None, :])]
     images, channels, count = patches.shape[:3]
     grouped = patches.reshape(images, operator.groups, channels // operator.groups, count, -1)
     return grouped.permute(1, 0, 3, 2, 4).reshape(operator.groups, images * count, -1)

@@ -8,19 +8,20 @@ touch the layer; so a plan is judged in microseconds.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from math import prod
+from math import isfinite, prod
 
 import numpy as np
 import torch
 
 from graphprune.calibration import Statistics
-from graphprune.compensation import Consumer, rank_by_magnitude, rank_units, solve
+from graphprune.compensation import Consumer, rank_units, solve
 from graphprune.cuts import Cuts, join
 from graphprune.graph import Layer, ModelGraph, Site
 from graphprune.operators import Convolution, Operator
 from graphprune.pattern import Level, Pattern, Scores
 from graphprune.problem import Decision, Factor, Floats, Option, Sum
 from graphprune.profile import Profile
+from graphprune.uniform import magnitudes, unit_rows
 
 LARGEST_TABLE = 1024
 """Entries of one layer's table; beyond that its sites count as independent."""
@@ -81,25 +82,14 @@ class Candidates:
         consumers = [c for node in site.layers if (c := self._consumer(site, self.graph.layer[node])) is not None]
         if consumers:
             return rank_units(consumers, site.size)
-        state = self.graph.exported.state_dict
-        weights = []
-        for parameter in self.graph.parameters:
-            for axis, form in enumerate(parameter.axes):
-                if site.atom in form.atoms():
-                    rows = torch.stack([self._rows(form.kept, site.atom, unit) for unit in range(site.size)])
-                    weights.append((state[parameter.name], axis, rows))
-        return rank_by_magnitude(weights, site.size)
-
-    @staticmethod
-    def _rows(kept: Callable[[Mapping[int, np.ndarray]], np.ndarray], atom: int, unit: int) -> torch.Tensor:  # type: ignore[type-arg]
-        return torch.from_numpy(kept({atom: np.array([unit])}))
+        return magnitudes(self.graph, site.atom)
 
     def _consumer(self, site: Site, layer: Layer) -> Consumer | None:
         moments = self.statistics.get(layer.node)
         if moments is None or len(moments.second) > 1 or site.atom not in layer.inputs.atoms():
             return None
         taps = moments.second.shape[-1] // layer.inputs.size
-        channels = torch.stack([self._rows(layer.inputs.kept, site.atom, unit) for unit in range(site.size)])
+        channels = torch.from_numpy(unit_rows(layer.inputs, site.atom, site.size))
         features = channels[:, :, None] * taps + torch.arange(taps)
         return Consumer(moments, features.flatten(1))
 
@@ -152,18 +142,23 @@ class Candidates:
         return factors
 
     def cost(self, value: Callable[[Operator], float], whole: float) -> Sum:
-        """A cost of all layers as a share of `whole`; what the layers do not explain of it is a constant."""
-        dense = sum(value(layer.operator) for layer in self.graph.layers)
+        """A cost of all layers as a share of `whole`; what the layers do not explain of it is a constant.
+
+        A layer that the engine cannot time (`value` is NaN) counts nothing; a cut that it cannot time costs infinity.
+        """
+        dense = sum(cost for layer in self.graph.layers if isfinite(cost := value(layer.operator)))
+        if not whole or not dense:
+            return Sum(1.0, ())
         scale = min(1.0, whole / dense) / whole
         constant, factors = max(0.0, whole - dense) / whole, []
         for layer in self.graph.layers:
             sites = self._touching(layer)
             if not sites:
-                constant += scale * value(layer.operator)
+                constant += scale * np.nan_to_num(value(layer.operator))
                 continue
             for factor in self._factors(layer, sites, lambda cuts, layer=layer: value(cuts.operator(layer))):  # type: ignore[misc]
-                factors.append(Factor(factor.sites, factor.table * scale))
-        return Sum(constant, tuple(factors))
+                factors.append(Factor(factor.sites, np.nan_to_num(factor.table * scale, nan=np.inf)))
+        return Sum(float(constant), tuple(factors))
 
     def error(self) -> Sum:
         """The total relative error of all layers, exact for each layer, added over layers (OBC's independence)."""

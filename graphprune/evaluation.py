@@ -90,16 +90,14 @@ class Evaluator:
         return record
 
     def probe(self, choices: Choices) -> Record:
-        """A record with a measured latency, whatever its accuracy; a stored one makes a resumed search go the same way.
+        """A record with a measured latency, whatever its accuracy, or with an error.
 
-        Raises StepError where the plan cannot be built or run.
+        A stored one makes a resumed search go the same way.
         """
         plan = self.plan_of(choices)
         record = self.study.find(plan)
-        if record is None or record.measured is None:
+        if record is None or (record.measured is None and record.error is None):
             record = self._judge(plan, choices, always=True)
-            if record.measured is None:
-                raise StepError(record.error or "the candidate could not be measured")
             self.study.add(record)
         return record
 

@@ -200,5 +200,3 @@ class ModelGraph:
         from graphprune.views import to_pyg
 
         return to_pyg(self)
-
-

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import gcd
 from typing import ClassVar
 
 import numpy as np
@@ -72,6 +73,6 @@ class GroupPattern(Pattern):
 
 def shares(site: Site, block: int, fractions: tuple[float, ...] = (0.75, 0.5, 0.25)) -> tuple[Level, ...]:
     """Levels at fractions of a site, each rounded to whole blocks of rows, without repeats, never all or nothing."""
-    step = max(1, block // site.unit)
+    step = block // gcd(block, site.unit)
     counts = {max(step, round(fraction * site.size / step) * step) for fraction in fractions}
     return tuple(Level(f"{count} of {site.size}", count) for count in sorted(counts, reverse=True) if count < site.size)

@@ -43,9 +43,10 @@ class Record:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def rank(self) -> tuple[bool, float]:
-        """Larger is better: feasible records first, then by accuracy; failures come last."""
-        return (self.feasible and self.error is None, self.accuracy if self.accuracy is not None else -1.0)
+    def rank(self) -> tuple[bool, float, float]:
+        """Larger is better: feasible records first, then by accuracy, then the faster; failures come last."""
+        latency = self.measured.value if self.measured is not None else self.predicted.get("latency", 1.0)
+        return (self.feasible and self.error is None, self.accuracy if self.accuracy is not None else -1.0, -latency)
 
     def to_json(self) -> str:
         """The record as JSON text, the plan included."""

@@ -6,6 +6,7 @@ weights), and each batch norm takes its statistics from the images as they pass.
 layers correct what earlier ones lost; solving on dense inputs (Frantar & Alistarh 2022) leaves that error to add up.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,10 @@ class _Solver(fx.Interpreter):
         self.cuts = cuts
         self.reference = reference
         self.touched = False
+        attributes = [node for node in self.module.graph.nodes if node.op == "get_attr"]  # type: ignore[union-attr]
+        self.uses: Counter[int] = Counter()
+        for node in attributes:
+            self.uses[id(self.fetch_attr(str(node.target)))] += len(node.users)
 
     def run_node(self, n: fx.Node) -> Any:
         layer = self.layers.get(n.name)
@@ -122,6 +127,8 @@ class _Solver(fx.Interpreter):
         arguments, _ = self.fetch_args_kwargs_from_env(node)
         source, weight = arguments[0], arguments[1]
         bias = arguments[2] if len(arguments) > 2 else None
+        if any(self.uses[id(shared)] > 1 for shared in (weight, bias) if shared is not None):
+            return  # tied: what is best for this layer is not for the others that use it
         operator = self.cuts.operator(layer)
         groups = operator.groups if isinstance(operator, Convolution) else 1
         inputs = vectors(source, operator, self.reference.positions[layer.node])

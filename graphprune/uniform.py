@@ -62,7 +62,7 @@ def magnitudes(graph: ModelGraph, atom: int) -> NDArray[np.float64]:
         (
             graph.exported.state_dict[parameter.name].unsqueeze(-1),
             axis,
-            torch.from_numpy(_rows(form, atom, graph.atom_sizes[atom])),
+            torch.from_numpy(unit_rows(form, atom, graph.atom_sizes[atom])),
         )
         for parameter in graph.parameters
         for axis, form in enumerate(parameter.axes)
@@ -71,7 +71,7 @@ def magnitudes(graph: ModelGraph, atom: int) -> NDArray[np.float64]:
     return rank_by_magnitude(weights, graph.atom_sizes[atom])
 
 
-def _rows(form: Form, atom: int, units: int) -> Indices:
+def unit_rows(form: Form, atom: int, units: int) -> Indices:
     """The indices of an axis that belong to each unit: [units, rows]. Those of other groups on it belong to none."""
     if form.kind == "atom":
         return np.arange(units)[:, None]

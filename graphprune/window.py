@@ -33,14 +33,15 @@ def padded_conv2d(
     left, right, top, bottom = ends
     if left == right >= 0 and top == bottom >= 0:
         return functional.conv2d(source, weight, bias, tuple(stride), (top, left), tuple(dilation), groups)
-    return functional.conv2d(_padded(source, ends), weight, bias, tuple(stride), 0, tuple(dilation), groups)
+    return functional.conv2d(padded(source, ends), weight, bias, tuple(stride), 0, tuple(dilation), groups)
 
 
-def _padded(source: torch.Tensor, ends: Ends) -> torch.Tensor:
+def padded(source: torch.Tensor, ends: Ends) -> torch.Tensor:
+    """`torch.nn.functional.pad` with zeros, which also lets a crop reach into the padding of the other side."""
     height, width = source.shape[-2:]
     if min(ends[:2]) >= -width and min(ends[2:]) >= -height:
         return functional.pad(source, ends)
-    # A crop reaches into the padding of the other side, which `pad` refuses: pad first.
+    # `pad` crops before it pads, so that it would find too little to crop.
     grown = functional.pad(source, tuple(max(end, 0) for end in ends))
     return functional.pad(grown, tuple(min(end, 0) for end in ends))
 

@@ -28,7 +28,7 @@ class Kernel(Pattern):
         """Every window of a 3x3 kernel but off-centre 1x1, and the centred windows of odd larger kernels."""
         if site.kernel == (3, 3):
             return _small_windows()
-        if min(site.kernel) % 2 and min(site.kernel) > 3:
+        if all(side % 2 and side > 3 for side in site.kernel):
             return _centred_windows(*site.kernel)
         return ()
 

@@ -1,0 +1,469 @@
+"""The search from end to end on a fake engine: budgets, honest data, failures, kills; and once on the real one."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from graphprune.counting import count
+from graphprune.cuts import Cuts
+from graphprune.engines.base import Model, Timing
+from graphprune.engines.fake import FakeEngine
+from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+from graphprune.errors import InputError, StepError, TargetError
+from graphprune.evaluation import Workbench
+from graphprune.export import onnx_bytes
+from graphprune.measure import measure
+from graphprune.problem import Factor, Problem, Sum
+from graphprune.registry import patterns
+from graphprune.result import Result
+from graphprune.search import PROBES, VERIFY_ROUNDS, corrected, random_walk, search
+from graphprune.study import Study, list_studies
+from graphprune.surgery import apply
+from graphprune.target import Target
+from graphprune.task import Task
+from tests.agents.toys import problem as toy
+from tests.graphprune.tiny import CLASSES, batches, fitted, forbidden, task
+
+module = import_module("graphprune.search")  # the package's attribute of this name is the function
+
+
+@pytest.fixture(autouse=True)
+def _shared_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache of operator times for all searches of this file."""
+    folder = tmp_path_factory.getbasetemp() / "search-cache"
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(folder))
+
+
+class Builds:
+    """Counts the models that are built, and may raise at one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cuts: list[Cuts] = []
+        self.stop_at: int | None = None
+        self.error: BaseException = KeyboardInterrupt()
+        original: Callable[[Workbench, Cuts], nn.Module] = Workbench.build
+
+        def build(bench: Workbench, cuts: Cuts) -> nn.Module:
+            self.cuts.append(cuts)
+            if len(self.cuts) == self.stop_at:
+                raise self.error
+            return original(bench, cuts)
+
+        monkeypatch.setattr(Workbench, "build", build)
+
+    def restart(self, stop_at: int | None = None) -> None:
+        """Count from zero."""
+        self.cuts, self.stop_at = [], stop_at
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> Builds:
+    return Builds(monkeypatch)
+
+
+def run(target: Target | None = None, agent: str = "random", trials: int = 6, **options: Any) -> Result:
+    """A search on the fake engine."""
+    given = {"engine": FakeEngine(), "seed": 5, **options}
+    return search(given.pop("model", None) or fitted(), given.pop("task", None) or task(),
+                  target or Target(latency=0.7), agent, trials, **given)  # fmt: skip
+
+
+def real_share(result: Result) -> float:
+    """The exact latency share on the fake engine, from fresh exports."""
+    engine, x = FakeEngine(), task().example_inputs
+    return engine.seconds(onnx_bytes(result.model, x)) / engine.seconds(onnx_bytes(result.dense, x))
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
+
+
+def test_a_latency_budget_is_met_and_the_dense_model_is_untouched() -> None:
+    model = fitted().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    told: list[tuple[str, int, int, str]] = []
+    result = run(agent="dp", model=model, progress=lambda *step: told.append(step))
+    assert result.met
+    assert result.record.measured is not None
+    assert result.record.measured.high <= 0.7
+    assert real_share(result) == pytest.approx(result.record.measured.value, rel=1e-6)
+    assert result.record.feasible
+    assert result.notes == ()
+    assert len(result.record.measured.candidate) == VERIFY_ROUNDS
+    assert result.dense is model
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+    check_facts(result)
+    assert {stage for stage, *_ in told} == {"trace", "profile", "calibrate", "search", "verify"} - _cached(told)
+    assert all(0 <= done <= total for _, done, total, _ in told)
+
+
+def _cached(told: Sequence[tuple[str, int, int, str]]) -> set[str]:
+    assert any(note == "whole models" for *_, note in told), "probes are told under the stage profile"
+    return set()
+
+
+def check_facts(result: Result) -> None:
+    """What the record says is true of the model that came back."""
+    work, model = task(), result.model
+    assert not model.training
+    counts, dense = count(model, work.example_inputs), count(result.dense, work.example_inputs)
+    assert (result.record.flops, result.record.params) == (counts.flops, counts.params)
+    assert (result.dense_record.flops, result.dense_record.params) == (dense.flops, dense.params)
+    assert result.record.accuracy == work.accuracy(model)
+    assert result.dense_record.accuracy == work.accuracy(result.dense)
+    assert result.plan == result.record.plan
+    assert result.plan in [record.plan for record in result.records]
+    structure = apply(result.dense, result.plan)
+    shapes = {name: value.shape for name, value in structure.state_dict().items()}
+    assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+    assert all(record.feasible for record in result.records if record.rank > result.record.rank)
+
+
+@pytest.mark.parametrize(
+    ("target", "bounds"),
+    [
+        (Target(flops=0.4), {"flops": 0.4}),
+        (Target(params=0.5), {"params": 0.5}),
+        (Target(params=0.6, flops=0.5, latency=0.9), {"params": 0.6, "flops": 0.5, "latency": 0.9}),
+        (Target(flops_g=0.0025, params_m=0.006, latency_ms=0.02), {}),
+    ],
+)
+def test_other_budgets_are_counted_on_the_model_itself(target: Target, bounds: dict[str, float]) -> None:
+    result = run(target, agent="dp", trials=3)
+    check_facts(result)
+    assert result.met
+    flops, params = (getattr(result.record, name) / getattr(result.dense_record, name) for name in ("flops", "params"))
+    have = {"flops": flops, "params": params, "latency": real_share(result)}
+    assert all(have[name] <= limit for name, limit in bounds.items())
+    if target.flops_g is not None:
+        x = task().example_inputs
+        assert count(result.model, x).flops <= 2_500_000
+        assert count(result.model, x).params <= 6_000
+        assert FakeEngine().seconds(onnx_bytes(result.model, x)) <= 2e-5
+
+
+def least_flops() -> float:
+    """The smallest share of FLOPs there is: 16 of 32 channels in both layers, every kernel cut to its centre."""
+    dense = 256 * 32 * 3 * 9 + 64 * 32 * 32 * 9 + 32 * CLASSES
+    return (256 * 16 * 3 + 64 * 16 * 16 + 16 * CLASSES) / dense
+
+
+def test_an_impossible_target_names_the_best_there_is() -> None:
+    with pytest.raises(TargetError, match=rf"no plan meets flops 0\.01 .* is flops {least_flops():.2f}$"):
+        run(Target(flops=0.01))
+    with pytest.raises(TargetError, match=r"no plan meets latency 0\.01.*can be reached is latency 0\.\d\d$") as caught:
+        run(Target(latency=0.0101))
+    best = float(str(caught.value).rsplit(" ", 1)[1])
+    assert run(Target(latency=best + 0.03), trials=2).record.measured is not None
+
+
+@dataclass
+class SlowAtTheEnd(FakeEngine):
+    """Candidates are slower by `factor` when they are verified than when they were searched."""
+
+    factor: float = 1.5
+
+    def measure(self, models: Sequence[Model], rounds: int = 30) -> list[Timing]:
+        timings = super().measure(models, rounds)
+        if rounds != VERIFY_ROUNDS:
+            return timings
+        return [timings[0], *(Timing(tuple(self.factor * s for s in t.samples), t.error) for t in timings[1:])]
+
+
+def test_a_missed_target_is_said_and_the_nearest_plan_comes_back() -> None:
+    result = run(Target(latency=0.6), trials=8, engine=SlowAtTheEnd())
+    assert not result.met
+    assert result.record.measured is not None
+    excess = result.record.measured.high - 0.6
+    assert excess > 0
+    assert not result.record.feasible
+    assert result.notes == (f"the target was missed: latency is {excess:.3f} above its limit",)
+    assert result.record.predicted["latency"] == min(r.predicted["latency"] for r in result.records if r.accuracy)
+
+
+def test_a_result_that_is_no_faster_says_so() -> None:
+    result = run(Target(flops=0.8), trials=2, engine=SlowAtTheEnd(factor=3))
+    assert result.met, "only FLOPs were asked for"
+    assert "the pruned model is not measurably faster than the dense one" in result.notes
+
+
+# --- the same again -------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_plans() -> None:
+    torch.manual_seed(1)
+    first = run(seed=3)
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002 (the point of the test)
+    second, other = run(seed=3), run(seed=4)
+    assert [record.plan for record in first.records] == [record.plan for record in second.records]
+    assert first.plan == second.plan
+    assert all(torch.equal(v, second.model.state_dict()[n]) for n, v in first.model.state_dict().items())
+    assert [record.plan for record in first.records] != [record.plan for record in other.records]
+
+
+def test_a_second_run_evaluates_nothing_anew_and_a_killed_one_loses_the_trial_in_flight(
+    tmp_path: Path, builds: Builds
+) -> None:
+    whole = run(study=tmp_path / "whole.db")
+    needed = len(builds.cuts)
+    assert needed > PROBES + 3
+    distinct = len({record.plan for record in whole.records})
+    stored = stored_records(tmp_path / "whole.db")
+    assert len(stored) == needed - 1 >= distinct, "all but the verified one"
+
+    builds.restart()
+    again = run(study=tmp_path / "whole.db")
+    assert len(builds.cuts) == 1, "only the verified model is built"
+    assert stored_records(tmp_path / "whole.db") == stored
+    same(again, whole)
+
+    for killed_at in (2, PROBES + 3, needed):
+        file = tmp_path / f"{killed_at}.db"
+        builds.restart(stop_at=killed_at)
+        with pytest.raises(KeyboardInterrupt):
+            run(study=file)
+        assert len(stored_records(file)) == killed_at - 1
+        builds.restart()
+        same(run(study=file), whole)
+        assert len(builds.cuts) == needed - (killed_at - 1)
+
+
+def stored_records(file: Path) -> list[str]:
+    (summary,) = list_studies(file)
+    return [record.to_json() for record in Study.open(file, summary.name).records()]
+
+
+def same(one: Result, other: Result) -> None:
+    assert one.plan == other.plan
+    assert [r.plan for r in one.records] == [r.plan for r in other.records]
+    assert [r.accuracy for r in one.records] == [r.accuracy for r in other.records]
+    assert all(torch.equal(v, other.model.state_dict()[n]) for n, v in one.model.state_dict().items())
+
+
+def test_other_weights_data_labels_or_engines_are_another_study(tmp_path: Path) -> None:
+    file, work = tmp_path / "study.db", task()
+    swapped = tuple((x, targets.roll(1)) for x, targets in work.validation if targets is not None)
+    moved = (work.calibration[0].roll(1, 0), *work.calibration[1:])
+    runs: list[dict[str, Any]] = [
+        {}, {"model": fitted(1)}, {"task": replace(work, validation=swapped)},
+        {"task": replace(work, calibration=moved)},
+        {"engine": FakeEngine(seed=1)},
+    ]  # fmt: skip
+    for number, options in enumerate(runs, start=1):
+        result = run(trials=1, agent="magnitude", study=file, **options)
+        assert result.record.accuracy == (options.get("task") or work).accuracy(result.model)
+        assert len(list_studies(file)) == number
+    run(trials=1, agent="magnitude", study=file)
+    assert len(list_studies(file)) == len(runs)
+
+
+# --- honest data ----------------------------------------------------------------------------------------------------
+
+
+def test_test_data_is_never_read_and_validation_data_never_calibrates(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = task()
+    with pytest.raises(AssertionError, match="the test data was read"):
+        work.test_accuracy(fitted())
+    given: list[torch.Tensor] = []
+    for name in ("calibrate", "make_reference"):
+        original = getattr(module, name)
+
+        def spy(graph: Any, data: Any, *rest: Any, original: Any = original) -> Any:
+            given.extend(data)
+            return original(graph, data, *rest)
+
+        monkeypatch.setattr(module, name, spy)
+    run(task=work, trials=2, rivals=("magnitude",))
+    held_out = torch.cat([x for x, _ in work.validation]).flatten(1)
+    seen = torch.cat(given).flatten(1)
+    assert len(seen) == 2 * sum(map(len, work.calibration))
+    assert not (seen[:, None, :8] == held_out[None, :, :8]).all(-1).any()
+
+
+def test_without_labels_the_metric_is_agreement_with_the_dense_model() -> None:
+    result = run(task=task(labelled=False), trials=3)
+    assert result.dense_record.accuracy == 1
+    x = torch.cat([batch for batch, _ in task().validation])
+    with torch.no_grad():
+        agreement = (result.model(x).argmax(1) == result.dense.eval()(x).argmax(1)).double().mean().item()
+    assert result.record.accuracy == pytest.approx(agreement)
+
+
+# --- failures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_candidate_that_fails_is_a_record_and_the_search_goes_on(builds: Builds) -> None:
+    whole = run()
+    builds.restart(stop_at=PROBES + 1)
+    builds.error = ZeroDivisionError("no luck")
+    result = run()
+    assert result.records[0].error == "ZeroDivisionError: no luck"
+    assert [record.plan for record in result.records] == [record.plan for record in whole.records]
+    assert [record.error for record in result.records[1:]] == [None] * 5
+    assert result.met
+
+
+def test_probes_and_verifications_may_fail_too() -> None:
+    healthy = FakeEngine()
+    whole = run(engine=healthy)
+    # Models arrive in pairs (dense, candidate) after the dense one: the first probe, and the last, verified one.
+    broken = FakeEngine(failing={2, healthy.models - 1})
+    result = run(engine=broken)
+    assert result.met
+    assert result.plan != whole.plan
+    assert result.record.rank <= whole.record.rank
+
+
+def test_when_everything_fails_the_reason_is_given() -> None:
+    run()  # fills the cache of operator times
+    with pytest.raises(StepError, match=r"no candidate of random could be evaluated: .*fails on demand"):
+        run(engine=FakeEngine(failing=range(1, 10_000)))
+    with pytest.raises(StepError, match="the dense model does not run: model 0 fails on demand"):
+        run(engine=FakeEngine(failing={0}))
+
+
+@dataclass
+class NoRows(FakeEngine):
+    """Cannot run convolutions whose kernel has a single row, nor linear layers outside of whole models."""
+
+    def seconds(self, model: Model) -> float:
+        import onnx
+
+        graph = onnx.load_from_string(model).graph
+        shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+        kernels = [shapes[n.input[1]] for n in graph.node if n.op_type == "Conv" and n.input[1] in shapes]
+        if any(shape[2] == 1 and shape[3] > 1 for shape in kernels):
+            raise InputError("kernels with one row are not supported")
+        if graph.name == "microbench" and any(node.op_type == "MatMul" for node in graph.node):
+            raise InputError("no products alone")
+        return super().seconds(model)
+
+    @property
+    def identity(self) -> str:
+        return "no rows"
+
+
+def test_operators_that_the_engine_cannot_run_are_no_options() -> None:
+    result = run(engine=NoRows(), agent="dp", trials=3)
+    assert result.met
+    assert all(record.error is None for record in result.records)
+    levels = {choice.level for record in result.records for choice in record.plan.choices}
+    assert levels
+    assert not any(level.startswith("1x3") for level in levels)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_arguments_are_refused_before_any_work() -> None:
+    engine = FakeEngine()
+    with pytest.raises(InputError, match="unknown agent 'nobody'"):
+        run(agent="nobody", engine=engine)
+    with pytest.raises(InputError, match="unknown agent 'noone'"):
+        run(rivals=("uniform", "noone"), engine=engine)
+    with pytest.raises(InputError, match="at least one trial, not 0"):
+        run(trials=0, engine=engine)
+    with pytest.raises(InputError, match="has no model 'nothing_of_this_name'"):
+        run(model="timm:nothing_of_this_name", engine=engine)
+    assert engine.calls == 0
+
+
+def test_a_dense_model_that_gives_nan_is_refused() -> None:
+    model = fitted()
+    nn.init.constant_(model[-1].bias, float("nan"))
+    with pytest.raises(InputError, match="NaN"):
+        run(model=model)
+
+
+def test_a_model_without_anything_to_cut() -> None:
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, CLASSES))
+    with pytest.raises(TargetError, match=r"the best that can be reached is flops 1\.00"):
+        run(Target(flops=0.5), model=bare)
+    result = run(Target(flops=1.0), model=bare, trials=2)
+    assert result.met
+    assert result.plan.choices == ()
+    assert result.record.flops == result.dense_record.flops
+
+
+# --- rivals and parts -----------------------------------------------------------------------------------------------
+
+
+def test_rivals_get_the_same_problem() -> None:
+    result = run(agent="dp", trials=4, rivals=("random", "uniform", "magnitude"))
+    assert list(result.rivals) == ["random", "uniform", "magnitude"]
+    for name, record in result.rivals.items():
+        assert record.error is None
+        assert record.measured is not None
+        assert record.feasible, name
+        assert record.measured.high <= 0.7
+    alone = run(agent="magnitude", trials=4)
+    assert result.rivals["magnitude"].plan == alone.plan
+    assert result.rivals["magnitude"].accuracy == alone.record.accuracy
+
+
+def test_a_user_task_from_loaders_and_a_model_by_name() -> None:
+    work = Task.from_loaders(batches(64, 5), batches(32, 6), test=forbidden_loader())
+    result = search("cifar:resnet20?num_classes=4", work, Target(flops=0.9), "magnitude", 1, engine=FakeEngine())
+    assert result.spec == "cifar:resnet20?num_classes=4"
+    assert result.met
+    assert result.study == ""
+
+
+def forbidden_loader() -> Iterator[Any]:
+    yield from forbidden()
+
+
+def test_the_correction_scales_savings_and_leaves_the_dense_model_at_one() -> None:
+    cost = Sum(0.25, (Factor((0,), np.array([0.5, 0.2])), Factor((1,), np.array([0.25, 0.05]))))
+    for factor in (0.5, 1.3):
+        scaled = corrected(cost, factor)
+        for choices in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            assert 1 - scaled(choices) == pytest.approx(factor * (1 - cost(choices)))
+    for nonsense in (float("nan"), float("inf"), 0.0, -2.0):
+        assert corrected(cost, nonsense)((1, 1)) == pytest.approx(cost((1, 1)))
+
+
+def test_random_walks_stay_within_the_mask_and_reach_every_plan() -> None:
+    made: Problem = toy(seed=3, sizes=(2, 3, 2), limit=0.7)
+    walks = [random_walk(made, np.random.default_rng(seed)) for seed in range(300)]
+    feasible = {
+        (a, b, c) for a in range(2) for b in range(3) for c in range(2) if made.feasible((a, b, c))
+    }  # fmt: skip
+    assert set(walks) == feasible
+
+
+# --- the real engine ------------------------------------------------------------------------------------------------
+
+
+def test_the_budget_holds_in_a_fresh_process_on_the_real_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant 4. Timings of a busy machine vary, so the bounds are wide; half the channels save about half."""
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "patterns", lambda: {"filter": patterns()["filter"]})
+    engine, limit = OnnxRuntimeEngine(), 0.85
+    try:
+        result = search(fitted(), task(), Target(latency=limit), "dp", 2, engine=engine)
+    except TargetError:
+        pytest.skip("the machine is too busy: half the channels measure no faster")
+    assert result.record.measured is not None
+    assert result.met == (result.record.measured.high <= limit)
+    assert result.met or any("the target was missed" in note for note in result.notes)
+    files = [tmp_path / "dense.onnx", tmp_path / "pruned.onnx"]
+    for file, model in zip(files, (result.dense, result.model), strict=True):
+        file.write_bytes(onnx_bytes(model, task().example_inputs))
+    share = measure([str(file) for file in files], rounds=60, engine=engine, fresh=True).shares[1]
+    assert share is not None
+    assert share.engine == engine.identity == result.record.measured.engine
+    if result.met:
+        assert share.low <= 1.25 * limit
+    assert 0.2 < share.value / result.record.measured.value < 5
