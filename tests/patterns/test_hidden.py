@@ -51,12 +51,12 @@ def test_a_gated_mlp_keeps_the_same_units_of_both_halves(packed: bool) -> None:
     x = x.double()
     graph = trace(model, x)
     pruned = perform(model, graph, Hidden().rewrite(hidden(graph), KEEP)).model
-    x = model.stem(x)
-    y = functional.rms_norm(x, (12,), model.norm.weight, model.norm.eps)
+    stream = model.stem(x)
+    y = functional.rms_norm(stream, (12,), model.norm.weight, model.norm.eps)
     up, bias = model.up.weight, model.up.bias
     gate, gate_bias = (up[16:], bias[16:]) if packed else (model.gate.weight, model.gate.bias)
     with torch.no_grad():
-        total = x + model.down.bias
+        total = stream + model.down.bias
         for unit in KEEP:
             value = y @ up[unit] + bias[unit]
             total = (
