@@ -82,7 +82,7 @@ class Evaluator:
         if record is None:
             record = self._judge(plan, choices)
             self.study.add(record)
-        record = replace(record, feasible=self._feasible(record))
+        record = replace(record, feasible=self._feasible(record), agent=self.agent, seed=self.seed)
         if record.feasible and record.accuracy is not None:
             self.best = max(self.best, record.accuracy)
         if self.listener is not None:

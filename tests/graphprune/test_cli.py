@@ -217,7 +217,7 @@ def test_runs_lists_studies_and_trials(pruned):
     (study,) = facts["studies"]
     trials = facts["trials"][study["name"]]
     assert study["trials"] == len(trials)
-    assert {trial["agent"] for trial in trials} <= {"random", "uniform"}
+    assert {trial["agent"] for trial in trials} <= {"probe", "random", "uniform"}
     best = max(trial["accuracy"] for trial in trials if trial["feasible"])
     assert study["accuracy"] == best
     text = good("runs", pruned[0], "--trials").out
