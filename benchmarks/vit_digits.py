@@ -24,7 +24,7 @@ from graphprune.recipe import Recipe
 SPEC = "timm:vit_tiny_patch16_224?img_size=32&patch_size=4&embed_dim=96&depth=4&num_heads=3&num_classes=10"
 RESULTS = Path(__file__).parent / "results"
 LATENCY = 0.6
-TRIALS = 40
+TRIALS = 20
 
 
 def main() -> None:
@@ -33,9 +33,9 @@ def main() -> None:
     with seeded(0):
         model = models.create(SPEC)
     start = time.perf_counter()
-    dense = train(model, task, Recipe(epochs=40)).model
+    dense = train(model, task, Recipe(epochs=20), progress=print).model
     trained = time.perf_counter() - start
-    result = gp.search(dense, task, gp.Target(latency=LATENCY), trials=TRIALS, rivals=("uniform", "dp"))
+    result = gp.search(dense, task, gp.Target(latency=LATENCY), trials=TRIALS, rivals=("uniform",), progress=print)
     searched = time.perf_counter() - start - trained
     tuned = gp.finetune(result, task, epochs=10)
     with tempfile.TemporaryDirectory() as folder:
