@@ -107,7 +107,7 @@ def rank_by_magnitude(weights: Sequence[tuple[Tensor, int, Tensor]], units: int)
     """
     scores = np.zeros(units)
     for weight, axis, rows in weights:
-        squared = weight.detach().double().square().transpose(0, axis).flatten(1).sum(1)
+        squared = weight.detach().double().square().transpose(0, axis).reshape(weight.shape[axis], -1).sum(1)
         share = squared[rows].sum(1) / squared.sum().clamp_min(1e-30)
         scores += share.cpu().numpy()
     return scores

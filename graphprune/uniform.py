@@ -60,7 +60,7 @@ def magnitudes(graph: ModelGraph, atom: int) -> NDArray[np.float64]:
     trained = set(graph.exported.graph_signature.parameters)
     weights = [
         (
-            graph.exported.state_dict[parameter.name].unsqueeze(-1),
+            graph.exported.state_dict[parameter.name],
             axis,
             torch.from_numpy(unit_rows(form, atom, graph.atom_sizes[atom])),
         )
