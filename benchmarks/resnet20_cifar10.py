@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads that fine-tuning takes")
     parser.add_argument("--work", type=Path, default=Path("resnet20_work"), help="folder for study and checkpoint")
     return parser.parse_args()
 
@@ -65,7 +66,7 @@ def row(name: str, result: Result, model: torch.nn.Module, task: Task) -> dict[s
 
 
 def main() -> None:
-    """Search, fine-tune, export, measure, write."""
+    """Search, then publish what it found."""
     options = arguments()
     RESULTS.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -81,8 +82,15 @@ def main() -> None:
     write_trials(result)
     (RESULTS / "plan.json").write_text(result.plan.to_json())
     print(f"search: {result.record.accuracy:.2%} validation at {result.record.measured.value:.3f}, {searched:.0f} s")
+    publish(result, task, options, searched)
+
+
+def publish(result: Result, task: Task, options: argparse.Namespace, searched: float) -> None:
+    """Judge what the search found, fine-tune it, judge it again, and write the results."""
+    start, dense = time.perf_counter() - searched, result.dense
     rows = [row("dense", result, dense, task), row("pruned, before fine-tuning", result, result.model, task)]
 
+    torch.set_num_threads(options.threads)
     tuned = gp.finetune(
         result, task, recipe=Recipe(epochs=options.epochs, seed=options.seed),
         checkpoint=options.work / "finetune.safetensors",
