@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from graphprune.calibration import Statistics
-from graphprune.compensation import Consumer, rank_units, solve
+from graphprune.compensation import Consumer, filter_errors, rank_units, solve
 from graphprune.cuts import Cuts, join
-from graphprune.graph import Layer, ModelGraph, Site
+from graphprune.graph import Layer, ModelGraph, Site, Window
 from graphprune.operators import Convolution, Operator
 from graphprune.pattern import Level, Pattern, Scores
 from graphprune.problem import Decision, Factor, Floats, Option, Sum
@@ -35,6 +35,7 @@ class _Draft:
     pattern: str
     level: str
     keep: tuple[int, ...]
+    share: float
     cuts: Cuts
 
 
@@ -52,13 +53,15 @@ class Candidates:
         """Measure what is not in the profile yet and choose the kept units of every legal level."""
         self.profile.fill(self._structural_operators(), progress)
         for site in self.graph.all_sites:
-            scores: Scores | None = None
-            drafts = [_Draft("dense", "dense", tuple(range(site.size)), Cuts())]
+            scores: dict[tuple[Window, ...], Scores] = {}
+            drafts = [_Draft("dense", "dense", tuple(range(site.size)), 1.0, Cuts())]
             for pattern, level in self._legal(site):
-                if not level.keep and scores is None:
-                    scores = self._scores(site)
-                keep = pattern.choose(site, level, np.zeros(site.size) if scores is None else scores)
-                drafts.append(_Draft(pattern.name, level.name, keep, pattern.rewrite(site, keep)))
+                windows = pattern.windows(site)
+                if not level.keep and windows not in scores:
+                    scores[windows] = self._window_scores(site, windows) if windows else self._scores(site)
+                keep = level.keep or pattern.choose(site, level, scores[windows])
+                share = len(keep) / pattern.units(site)
+                drafts.append(_Draft(pattern.name, level.name, keep, share, pattern.rewrite(site, keep)))
             if len(drafts) > 1:
                 self.drafts[site.name] = drafts
         self.profile.fill(self._table_operators(), progress)
@@ -73,7 +76,7 @@ class Candidates:
         for site in self.graph.all_sites:
             for pattern in self.patterns:
                 for level in pattern.levels(site, self.profile.block) if site.kind in pattern.kinds else ():
-                    cuts = pattern.rewrite(site, level.keep or tuple(range(level.count)))
+                    cuts = pattern.rewrite(site, pattern.sample(site, level))
                     operators += [cuts.operator(self.graph.layer[node]) for node in site.layers]
         return operators
 
@@ -83,6 +86,18 @@ class Candidates:
         if consumers:
             return rank_units(consumers, site.size)
         return magnitudes(self.graph, site.atom)
+
+    def _window_scores(self, site: Site, windows: Sequence[Window]) -> Scores:
+        """Higher where a window costs a filter less [filters, windows]; without calibration, by the weights alone."""
+        layer = self.graph.layer[site.node]
+        moments = self.statistics.get(layer.node)
+        if moments is None:
+            weight = self.graph.exported.state_dict[layer.weight].detach().double().square().sum(1)
+            kept = [weight[:, top:bottom, left:right].sum((1, 2)) for (top, bottom), (left, right) in windows]
+            return np.asarray(torch.stack(kept, 1).numpy())
+        cuts = [Cuts(windows={site.node: window}) for window in windows]
+        errors = [filter_errors(moments, kept_features(layer, cut)) for cut in cuts]
+        return np.asarray(-torch.stack(errors, 1).numpy())
 
     def _consumer(self, site: Site, layer: Layer) -> Consumer | None:
         moments = self.statistics.get(layer.node)
@@ -111,7 +126,8 @@ class Candidates:
         operators: list[Operator] = []
         for layer in self.graph.layers:
             for factor in self._blocks(self._touching(layer)):
-                operators += [self._cut(factor, options).operator(layer) for options in self._combinations(factor)]
+                cuts = (self._cut(factor, options) for options in self._combinations(factor))
+                operators += [cut.operator(layer) for cut in cuts if _offered(layer, cut)]
         return operators
 
     def _blocks(self, sites: list[int]) -> list[list[int]]:
@@ -156,7 +172,7 @@ class Candidates:
             if not sites:
                 constant += scale * np.nan_to_num(value(layer.operator))
                 continue
-            for factor in self._factors(layer, sites, lambda cuts, layer=layer: value(cuts.operator(layer))):  # type: ignore[misc]
+            for factor in self._factors(layer, sites, lambda cuts, layer=layer: _cost(layer, cuts, value)):  # type: ignore[misc]
                 factors.append(Factor(factor.sites, np.nan_to_num(factor.table * scale, nan=np.inf)))
         return Sum(float(constant), tuple(factors))
 
@@ -174,18 +190,30 @@ class Candidates:
         return site.kind == "kernel" or (dense and site.atom in layer.inputs.atoms())
 
     def _layer_error(self, layer: Layer, cuts: Cuts) -> float:
-        kept = kept_features(layer, cuts)
         moments = self.statistics[layer.node]
+        if layer.node in cuts.mixes:
+            return self._mixture_error(layer, cuts)
+        kept = kept_features(layer, cuts)
         if len(kept) == moments.second.shape[-1]:
             return 0.0
         return solve(moments, kept)[1]
+
+    def _mixture_error(self, layer: Layer, cuts: Cuts) -> float:
+        """The errors of the filters, each under its own window; those of cut filters count as if they were kept."""
+        filters = np.array([repr(window) for window in cuts.mixes[layer.node]])
+        error = 0.0
+        for window in set(cuts.mixes[layer.node]):
+            whole = Cuts(cuts.keep, {layer.node: window})
+            errors = filter_errors(self.statistics[layer.node], kept_features(layer, whole))
+            error += float(errors[torch.from_numpy(filters == repr(window))].sum())
+        return error
 
     def _uncalibrated(self, factors: Sequence[Factor]) -> list[Factor]:
         """Sites that no calibrated layer reads: the share of units that goes is their error."""
         known = {site for factor in factors for site in factor.sites}
         missing = [number for number in range(len(self.sites)) if number not in known]
         return [
-            Factor((n,), np.array([1 - len(draft.keep) / site.size for draft in self.drafts[site.name]]))
+            Factor((n,), np.array([1 - draft.share for draft in self.drafts[site.name]]))
             for n in missing
             if (site := self.sites[n])
         ]
@@ -200,11 +228,21 @@ class Candidates:
             for index, draft in enumerate(self.drafts[site.name]):
                 alone = (*dense[:number], index, *dense[number + 1 :])
                 gain = self.profile.gain((x.operator for x in layers), (draft.cuts.operator(x) for x in layers))
-                kept = len(draft.keep) / site.size
                 geometry = _bits(site, draft.keep) if site.kind == "kernel" else ()
-                options.append(Option(draft.pattern, draft.level, draft.keep, kept, error(alone), gain, geometry))
+                options.append(
+                    Option(draft.pattern, draft.level, draft.keep, draft.share, error(alone), gain, geometry)
+                )
             result.append(Decision(site.name, site.kind, nodes[site.node], tuple(options)))
         return tuple(result)
+
+
+def _offered(layer: Layer, cuts: Cuts) -> bool:
+    """Not where a mixed convolution loses filters too: its parts would no longer be whole blocks, which is slow."""
+    return layer.node not in cuts.mixes or not layer.outputs.atoms() & cuts.keep.keys()
+
+
+def _cost(layer: Layer, cuts: Cuts, value: Callable[[Operator], float]) -> float:
+    return value(cuts.operator(layer)) if _offered(layer, cuts) else np.inf
 
 
 def kept_features(layer: Layer, cuts: Cuts) -> torch.Tensor:
@@ -220,10 +258,14 @@ def kept_features(layer: Layer, cuts: Cuts) -> torch.Tensor:
     return torch.from_numpy((channels[:, None] * (height * width) + taps[None, :]).reshape(-1))
 
 
-def _bits(site: Site, keep: Sequence[int]) -> tuple[int, ...]:
-    """The kept positions of a kernel as 3x3 bits; larger kernels are sampled at their edges and middle."""
+def _bits(site: Site, keep: Sequence[int]) -> tuple[float, ...]:
+    """The kept positions of a kernel as 3x3 bits; larger kernels are sampled at their edges and middle.
+
+    Where filters differ (`keep` counts on from filter to filter), each bit is the share of filters that keep it.
+    """
     height, width = site.kernel
+    filters = max(keep) // site.size + 1
+    kept = np.bincount(np.asarray(keep) % site.size, minlength=site.size).reshape(height, width) / filters
     rows = (0, height // 2, height - 1)
     columns = (0, width // 2, width - 1)
-    kept = set(keep)
-    return tuple(int(row * width + column in kept) for row in rows for column in columns)
+    return tuple(round(float(kept[row, column]), 3) for row in rows for column in columns)

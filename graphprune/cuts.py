@@ -1,37 +1,69 @@
 """What a plan cuts: kept indices of atoms and kept windows of kernels, with nothing about patterns left in it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
+
+import numpy as np
 
 from graphprune.axes import Indices
 from graphprune.errors import InputError
 from graphprune.graph import Layer, ModelGraph, Window
-from graphprune.operators import Operator
+from graphprune.operators import Convolution, Mixture, Operator
 from graphprune.plan import Choice, Plan
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """`keep`: atom -> the indices that stay; `windows`: node of a convolution -> the window of its kernel."""
+    """`keep`: atom -> the indices that stay; `windows`: node of a convolution -> the window of its kernel.
+
+    `mixes`: node of a convolution -> a window for each of its dense filters; `order`: atom -> all its indices in the
+    order that puts filters of one window side by side.
+    """
 
     keep: Mapping[int, Indices] = field(default_factory=dict)
     windows: Mapping[str, Window] = field(default_factory=dict)
+    mixes: Mapping[str, tuple[Window, ...]] = field(default_factory=dict)
+    order: Mapping[int, Indices] = field(default_factory=dict)
+
+    @cached_property
+    def kept(self) -> dict[int, Indices]:
+        """What stays of each atom that is cut or put in another order, in the order in which it stays."""
+        ordered = {
+            atom: order[np.isin(order, self.keep[atom])] if atom in self.keep else order
+            for atom, order in self.order.items()
+        }
+        return {**self.keep, **ordered}
 
     @property
     def sizes(self) -> dict[int, int]:
         """How many indices of each cut atom stay."""
         return {atom: len(indices) for atom, indices in self.keep.items()}
 
+    def runs(self, layer: Layer) -> list[tuple[Window, int]]:
+        """The windows of a mixed convolution, and how many of its kept filters in a row have each."""
+        windows = self.mixes[layer.node]
+        return [
+            (window, len(list(same))) for window, same in groupby(windows[i] for i in layer.outputs.kept(self.kept))
+        ]
+
     def operator(self, layer: Layer) -> Operator:
         """The operator that a layer becomes."""
-        return layer.after(self.sizes, self.windows.get(layer.node))
+        whole = layer.after(self.sizes, self.windows.get(layer.node))
+        if layer.node not in self.mixes:
+            return whole
+        assert isinstance(whole, Convolution)
+        return Mixture(tuple(replace(whole, outputs=n).window(*window) for window, n in self.runs(layer)))
 
 
 def join(*cuts: Cuts) -> Cuts:
     """Several cuts at different sites as one."""
     keep = {atom: indices for cut in cuts for atom, indices in cut.keep.items()}
     windows = {node: window for cut in cuts for node, window in cut.windows.items()}
-    return Cuts(keep, windows)
+    mixes = {node: mix for cut in cuts for node, mix in cut.mixes.items()}
+    order = {atom: indices for cut in cuts for atom, indices in cut.order.items()}
+    return Cuts(keep, windows, mixes, order)
 
 
 def resolve(graph: ModelGraph, plan: Plan) -> Cuts:
@@ -47,8 +79,9 @@ def _resolve_choice(graph: ModelGraph, choice: Choice) -> Cuts:
     site = graph.site.get(choice.site)
     if site is None:
         raise InputError(f"this model has no site {choice.site!r}")
-    if max(choice.keep) >= site.size:
-        raise InputError(f"{site.name!r} has {site.size} units, the plan keeps number {max(choice.keep)}")
-    if site.kind not in pattern(choice.pattern).kinds:
+    chosen = pattern(choice.pattern)
+    if site.kind not in chosen.kinds:
         raise InputError(f"the pattern {choice.pattern!r} does not apply at {site.name!r}, of kind {site.kind!r}")
-    return pattern(choice.pattern).rewrite(site, choice.keep)
+    if max(choice.keep) >= chosen.units(site):
+        raise InputError(f"{site.name!r} has {chosen.units(site)} units, the plan keeps number {max(choice.keep)}")
+    return chosen.rewrite(site, choice.keep)

@@ -11,7 +11,7 @@ import networkx
 from graphprune.cuts import resolve
 from graphprune.flow import collapse, rows
 from graphprune.graph import Layer, ModelGraph
-from graphprune.operators import Attention, Convolution, Operator
+from graphprune.operators import Attention, Convolution, Mixture, Operator
 from graphprune.plan import Choice, Plan
 from graphprune.registry import pattern
 from graphprune.tables import shortened
@@ -197,7 +197,7 @@ class _Labels:
         return [
             choice
             for choice, cuts in self.choices
-            if layer.node in cuts.windows or cuts.keep.keys() & layer.outputs.atoms()
+            if layer.node in {*cuts.windows, *cuts.mixes} or cuts.keep.keys() & layer.outputs.atoms()
         ]
 
 
@@ -207,6 +207,9 @@ def _describe(operator: Operator) -> str:
         stride = f" /{max(operator.stride)}" if max(operator.stride) > 1 else ""
         width = f"{operator.inputs}→{operator.outputs}" if operator.groups == 1 else f"{operator.groups} groups"
         return f"conv {kernel}{stride}, {width}"
+    if isinstance(operator, Mixture):
+        kernels = "+".join("×".join(map(str, part.kernel)) for part in operator.parts)
+        return f"conv {kernels}, {operator.parts[0].inputs}→{sum(part.outputs for part in operator.parts)}"
     if isinstance(operator, Attention):
         return f"attention, {operator.heads} head{'s' * (operator.heads > 1)}"
     return f"linear, {operator.inputs}→{operator.outputs}"

@@ -12,7 +12,7 @@ from graphprune.cuts import Cuts
 from graphprune.graph import ModelGraph
 from graphprune.rules import RULES
 from graphprune.tracing import operator_name, owner_path, state_of
-from graphprune.window import padded_conv2d, window_padding
+from graphprune.window import mixed, padded_conv2d, window_padding
 
 _SPLITS = {"split", "chunk", "unsafe_chunk", "tensor_split"}
 
@@ -53,9 +53,11 @@ def cut_program(graph: ModelGraph, cuts: Cuts, model: nn.Module) -> nn.Module:
         _rewrite(nodes[node.name], name, after)
     for name, window in cuts.windows.items():
         _shrink_kernel(nodes[name], graph.calls[name], window)
+    _load_cut(module, graph, cuts, model)
+    for name in cuts.mixes:
+        _mix_kernels(module, nodes[name], graph, cuts)
     module.graph.lint()
     module.recompile()
-    _load_cut(module, graph, cuts, model)
     return module.eval()
 
 
@@ -95,6 +97,26 @@ def _shrink_kernel(node: fx.Node, call: Any, window: Any) -> None:
     node.args, node.kwargs = (*arguments, pair[0], ends, pair[2], groups), {}
 
 
+def _mix_kernels(module: fx.GraphModule, node: fx.Node, graph: ModelGraph, cuts: Cuts) -> None:
+    """Put a module with a convolution for each window in the place of one call, under the path of its parameters."""
+    layer, call = graph.layer[node.name], graph.calls[node.name]
+    path = layer.weight.rpartition(".")[0]
+    held = module.get_submodule(path)
+    outputs, inputs, *kernel = held.weight.shape
+    stride, padding, dilation = (_pair(call[name]) for name in ("stride", "padding", "dilation"))
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False, device="meta")  # type: ignore[arg-type]
+    conv.weight, conv.bias = held.weight, getattr(held, "bias", None)  # type: ignore[assignment]
+    source, *attributes = node.all_input_nodes
+    with module.graph.inserting_before(node):
+        replacement = module.graph.call_module(path, (source,))
+    node.replace_all_uses_with(replacement)
+    name = node.name
+    for unused in (node, *attributes):
+        module.graph.erase_node(unused)
+    replacement.name = name
+    module.set_submodule(path, mixed(conv, cuts.runs(layer)))
+
+
 def _pair(value: Any) -> tuple[int, int]:
     values = [value] if isinstance(value, int) else list(value)
     return (values[0], values[-1])
@@ -112,8 +134,8 @@ def _load_cut(module: nn.Module, graph: ModelGraph, cuts: Cuts, model: nn.Module
             continue
         small = value.detach().clone()
         for axis, form in enumerate(parameter.axes):
-            if form.atoms() & cuts.keep.keys():
-                small = small.index_select(axis, torch.from_numpy(form.kept(cuts.keep)).to(value.device))
+            if form.atoms() & cuts.kept.keys():
+                small = small.index_select(axis, torch.from_numpy(form.kept(cuts.kept)).to(value.device))
         if parameter.name in windows:
             (top, bottom), (left, right) = windows[parameter.name]
             small = small[:, :, top:bottom, left:right].clone()

@@ -106,7 +106,8 @@ class Group:
 class Site:
     """Where one decision is taken: `size` units of a group, or the positions of one convolution's kernel.
 
-    `layers` are the nodes of the layers whose cost the decision changes; `node` is where agents see it.
+    `layers` are the nodes of the layers whose cost the decision changes; `node` is where agents see it. At a kernel,
+    `order` is the group of the convolution's `filters` where they may stand in any order, -1 where they may not.
     """
 
     name: str
@@ -117,6 +118,8 @@ class Site:
     atom: int = -1
     kernel: tuple[int, int] = (0, 0)
     unit: int = 1
+    order: int = -1
+    filters: int = 0
 
 
 @dataclass(frozen=True)

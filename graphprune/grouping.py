@@ -69,7 +69,7 @@ def find_sites(graph: ModelGraph) -> tuple[Site, ...]:
     """A site for each group that may be cut and for each convolution whose kernel may be cut, in graph order."""
     position = {node.name: number for number, node in enumerate(graph.nodes)}
     sites = [_group_site(graph, group) for group in graph.all_groups if not group.frozen]
-    sites += [_kernel_site(layer) for layer in graph.layers if _has_kernel(layer)]
+    sites += [_kernel_site(graph, layer) for layer in graph.layers if _has_kernel(layer)]
     return tuple(sorted(sites, key=lambda site: (position[site.node], site.kind)))
 
 
@@ -91,7 +91,19 @@ def _has_kernel(layer: Layer) -> bool:
     return isinstance(operator, Convolution) and layer.standard and max(operator.kernel) > 1
 
 
-def _kernel_site(layer: Layer) -> Site:
+def _kernel_site(graph: ModelGraph, layer: Layer) -> Site:
     assert isinstance(layer.operator, Convolution)
     rows, columns = layer.operator.kernel
-    return Site(f"{layer.module}/kernel", "kernel", rows * columns, (layer.node,), layer.node, kernel=(rows, columns))
+    return Site(
+        f"{layer.module}/kernel", "kernel", rows * columns, (layer.node,), layer.node, kernel=(rows, columns),
+        order=_free_order(graph, layer), filters=layer.outputs.size,
+    )  # fmt: skip
+
+
+def _free_order(graph: ModelGraph, layer: Layer) -> int:
+    """The group of a convolution's filters if nothing else makes its channels, so that any order will do; else -1."""
+    atom = layer.outputs.atom
+    if atom < 0 or layer.groups is not None or graph.atom_frozen[atom]:
+        return -1
+    makers = [other.node for other in graph.layers if other.weight and atom in other.outputs.atoms()]
+    return atom if makers == [layer.node] else -1

@@ -19,7 +19,7 @@ from graphprune.calibration import positions_of, vectors
 from graphprune.cuts import Cuts
 from graphprune.exported import cut_program, plain_module
 from graphprune.graph import Layer, ModelGraph
-from graphprune.operators import Convolution
+from graphprune.operators import Mixture
 from graphprune.tracing import operator_name
 
 IMAGES = 256
@@ -88,7 +88,7 @@ def repair(pruned: nn.Module, model: nn.Module, graph: ModelGraph, cuts: Cuts, r
 
     A layer is left alone while nothing before it was cut, so that an empty cut changes nothing.
     """
-    if not cuts.keep and not cuts.windows:
+    if cuts == Cuts():
         return
     program = cut_program(graph, cuts, model)
     _Solver(program, graph, cuts, reference).run(reference.images)
@@ -125,27 +125,43 @@ class _Solver(fx.Interpreter):
 
     def _solve(self, node: fx.Node, layer: Layer) -> None:
         arguments, _ = self.fetch_args_kwargs_from_env(node)
-        source, weight = arguments[0], arguments[1]
-        bias = arguments[2] if len(arguments) > 2 else None
+        kept = torch.from_numpy(layer.outputs.kept(self.cuts.kept))
+        targets = self.reference.outputs[layer.node][:, kept]
+        operator = self.cuts.operator(layer)
+        normed = [operator_name(user) for user in node.users] == ["batch_norm"]
+        positions = self.reference.positions[layer.node]
+        if isinstance(operator, Mixture):
+            parts = self.fetch_attr(str(node.target)).parts
+            columns = targets.split([part.outputs for part in operator.parts], 1)
+            for convolution, part, wanted in zip(parts, operator.parts, columns, strict=True):
+                _solve_layer(
+                    vectors(arguments[0], part, positions), wanted, convolution.weight, convolution.bias, normed
+                )
+            return
+        weight, bias = arguments[1], arguments[2] if len(arguments) > 2 else None
         if any(self.uses[id(shared)] > 1 for shared in (weight, bias) if shared is not None):
             return  # tied: what is best for this layer is not for the others that use it
-        operator = self.cuts.operator(layer)
-        groups = operator.groups if isinstance(operator, Convolution) else 1
-        inputs = vectors(source, operator, self.reference.positions[layer.node])
-        kept = torch.from_numpy(layer.outputs.kept(self.cuts.keep))
-        targets = self.reference.outputs[layer.node][:, kept]
-        targets = targets.reshape(len(targets), groups, -1).transpose(0, 1)
-        centred = bias is not None or [operator_name(user) for user in node.users] == ["batch_norm"]
-        best, shift = least_squares(inputs, targets, weight.reshape(groups, -1, inputs.shape[-1]), centred)
-        weight.copy_(best.reshape(weight.shape))
-        if bias is not None:
-            bias.copy_(shift.reshape(-1))
+        _solve_layer(vectors(arguments[0], operator, positions), targets, weight, bias, normed)
 
     def _normalise(self, node: fx.Node) -> Tensor:
         """Batch norm over the images at hand, whose statistics it keeps from now on."""
         arguments, _ = self.fetch_args_kwargs_from_env(node)
         source, weight, bias, mean, variance, _, _, epsilon = arguments[:8]
         return functional.batch_norm(source, mean, variance, weight, bias, training=True, momentum=1.0, eps=epsilon)
+
+
+def _solve_layer(inputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, normed: bool) -> None:
+    """Put the best weights in place. `inputs` are [groups, rows, features], `targets` [rows, outputs].
+
+    `normed` says that a batch norm takes up a constant shift of the outputs.
+    """
+    groups = len(inputs)
+    wanted = targets.reshape(len(targets), groups, -1).transpose(0, 1)
+    start = weight.reshape(groups, -1, inputs.shape[-1])
+    best, shift = least_squares(inputs, wanted, start, normed or bias is not None)
+    weight.copy_(best.reshape(weight.shape))
+    if bias is not None:
+        bias.copy_(shift.reshape(-1))
 
 
 def least_squares(inputs: Tensor, targets: Tensor, start: Tensor, centred: bool) -> tuple[Tensor, Tensor]:

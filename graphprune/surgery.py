@@ -19,7 +19,7 @@ from graphprune.exported import cut_program, literal_changes
 from graphprune.graph import ModelGraph
 from graphprune.plan import Plan
 from graphprune.tracing import copied, first_line, state_of, trace
-from graphprune.window import windowed
+from graphprune.window import mixed, windowed
 
 TOLERANCE = 100
 """How far the module may be from the exported graph: so many rounding steps of the largest output. Both compute the
@@ -130,6 +130,10 @@ def cut_module(
         path = graph.layer[node].module
         pruned.set_submodule(path, windowed(pruned.get_submodule(path), window))  # type: ignore[arg-type]
     _slice_parameters(pruned, graph, cuts)
+    for node in cuts.mixes:
+        layer = graph.layer[node]
+        conv = pruned.get_submodule(layer.module)
+        pruned.set_submodule(layer.module, mixed(conv, cuts.runs(layer)))  # type: ignore[arg-type]
     _follow_literals(pruned, graph, cuts, frozenset(attributes))
     return _with_modes_of(model, pruned)
 
@@ -144,12 +148,12 @@ def _slice_parameters(pruned: nn.Module, graph: ModelGraph, cuts: Cuts) -> None:
                     owners.setdefault(id(value), []).append((module, name))
     for parameter in graph.parameters:
         value = state[parameter.name]
-        touched = [axis for axis, form in enumerate(parameter.axes) if form.atoms() & cuts.keep.keys()]
+        touched = [axis for axis, form in enumerate(parameter.axes) if form.atoms() & cuts.kept.keys()]
         if not touched or id(value) not in owners:
             continue
         small = value.detach()
         for axis in touched:
-            index = torch.from_numpy(parameter.axes[axis].kept(cuts.keep)).to(value.device)
+            index = torch.from_numpy(parameter.axes[axis].kept(cuts.kept)).to(value.device)
             small = small.index_select(axis, index)
         small = nn.Parameter(small, value.requires_grad) if isinstance(value, nn.Parameter) else small
         for module, attribute in owners.pop(id(value)):

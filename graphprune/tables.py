@@ -159,7 +159,7 @@ class SiteTable(Sequence[SiteRow]):
 
 
 def _cuts(pattern: Pattern, site: Site, level: Level) -> Cuts:
-    return pattern.rewrite(site, level.keep or tuple(range(level.count)))
+    return pattern.rewrite(site, pattern.sample(site, level))
 
 
 def _patterns(kind: str) -> list[Pattern]:

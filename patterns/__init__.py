@@ -5,7 +5,8 @@ from graphprune.patterns.filter import Filter
 from graphprune.patterns.heads import Heads
 from graphprune.patterns.hidden import Hidden
 from graphprune.patterns.kernel import Kernel
+from graphprune.patterns.kernel_mix import KernelMix
 
-PATTERNS: dict[str, type[Pattern]] = {pattern.name: pattern for pattern in (Filter, Kernel, Heads, Hidden)}
+PATTERNS: dict[str, type[Pattern]] = {pattern.name: pattern for pattern in (Filter, Kernel, KernelMix, Heads, Hidden)}
 
 __all__ = ["PATTERNS"]

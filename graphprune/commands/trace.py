@@ -120,7 +120,7 @@ def _operators(graph: "ModelGraph", block: int) -> Iterator["Operator"]:
     for site in graph.all_sites:
         for pattern in registry.patterns().values():
             for level in pattern.levels(site, block) if site.kind in pattern.kinds else ():
-                cuts = pattern.rewrite(site, level.keep or tuple(range(level.count)))
+                cuts = pattern.rewrite(site, pattern.sample(site, level))
                 yield from (cuts.operator(graph.layer[node]) for node in site.layers)
 
 

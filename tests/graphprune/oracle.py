@@ -249,9 +249,11 @@ def _weight_name(graph: ModelGraph, site: Site) -> str:
 
 
 def _kernel_masked(weight: torch.Tensor, site: Site, kept: tuple[int, ...]) -> torch.Tensor:
-    mask = torch.zeros(site.size, dtype=torch.bool)
-    mask[list(kept)] = True
-    return weight * mask.reshape(site.kernel)
+    """`kept` are positions of the kernel, or, where filters differ, filter * positions + position."""
+    mixed = max(kept) >= site.size
+    mask = torch.zeros(len(weight) if mixed else 1, site.size, dtype=torch.bool)
+    mask.reshape(-1)[list(kept)] = True
+    return weight * mask.reshape(-1, 1, *site.kernel)
 
 
 # --- random weights, random plans, the check ------------------------------------------------------------------------
