@@ -173,7 +173,7 @@ class Candidates:
                 constant += scale * np.nan_to_num(value(layer.operator))
                 continue
             for factor in self._factors(layer, sites, lambda cuts, layer=layer: _cost(layer, cuts, value)):  # type: ignore[misc]
-                factors.append(Factor(factor.sites, np.nan_to_num(factor.table * scale, nan=np.inf)))
+                factors.append(Factor(factor.sites, np.nan_to_num(factor.table * scale, nan=np.inf, posinf=np.inf)))
         return Sum(float(constant), tuple(factors))
 
     def error(self) -> Sum:

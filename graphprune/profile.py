@@ -22,6 +22,7 @@ LEAST_NOISE = 0.005
 BLOCKS = (16, 8, 4)
 BLOCK_WIDTHS = tuple(range(32, 68, 4))
 """Output channels of the convolutions whose times tell the vector block."""
+BLOCK_OPERATORS = tuple(Convolution(1, 32, width, 14, 14, (3, 3), padding=(1, 1, 1, 1)) for width in BLOCK_WIDTHS)
 
 
 @dataclass
@@ -60,14 +61,18 @@ class Profile:
         gain = self.gain(dense, cut)
         return gain > math.exp(1.645 * math.sqrt(2) * self.noise)
 
-    @property
+    @cached_property
     def noise(self) -> float:
         """Standard deviation of the logarithm of an operator's time, from how far repeated passes disagree.
 
-        The median disagreement over all operators of this engine, as a normal distribution would have it: two passes
-        with deviation s differ by 0.6745 * sqrt(2) * s in the median, and the time pools them: s / sqrt(2).
+        The median disagreement over a fixed set of operators, so that it does not depend on what else was measured, as
+        a normal distribution would have it: two passes with deviation s differ by 0.6745 * sqrt(2) * s in the median,
+        and the time pools them: s / sqrt(2).
         """
-        gaps = [abs(math.log(samples[0] / samples[1])) for samples in self._samples.values()]
+        operators = [*REFERENCES, *BLOCK_OPERATORS]
+        self.fill(operators)
+        samples = [self._samples[name] for name in map(key, operators) if name in self._samples]
+        gaps = [abs(math.log(first / second)) for first, second, *_ in samples]
         spread = median(gaps) / (0.6745 * math.sqrt(2)) if gaps else 0.0
         return max(LEAST_NOISE, spread / math.sqrt(PASSES))
 
@@ -78,9 +83,8 @@ class Profile:
         Each candidate predicts that a convolution with c output channels costs ceil(c / block); the one that fits the
         measured times best, in the squared error of logarithms up to a common factor, is taken.
         """
-        operators = [Convolution(1, 32, width, 14, 14, (3, 3), padding=(1, 1, 1, 1)) for width in BLOCK_WIDTHS]
-        self.fill(operators)
-        measured = [math.log(self.seconds(operator)) for operator in operators]
+        self.fill(BLOCK_OPERATORS)
+        measured = [math.log(self.seconds(operator)) for operator in BLOCK_OPERATORS]
 
         def misfit(block: int) -> float:
             errors = [time - math.log(math.ceil(c / block)) for time, c in zip(measured, BLOCK_WIDTHS, strict=True)]

@@ -468,3 +468,11 @@ def test_the_budget_holds_in_a_fresh_process_on_the_real_engine(
     if result.met:
         assert share.low <= 1.25 * limit
     assert 0.2 < share.value / result.record.measured.value < 5
+
+
+def test_a_search_repeated_on_a_noisy_engine_goes_the_same_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: Builds
+) -> None:
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path / "cache"))
+    first, second = (run(engine=FakeEngine(noise=0.05), study=tmp_path / "study.db", trials=8) for _ in range(2))
+    assert [record.plan for record in first.records] == [record.plan for record in second.records]
