@@ -1,15 +1,15 @@
 """The tables that people read: what is cut together, and where which pattern may be used."""
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any, overload
 
-from graphprune.cuts import Cuts
-from graphprune.graph import Group, ModelGraph, Site
-from graphprune.pattern import Level, Pattern
+from graphprune.cases import Case, cases, legal_cases, operators
+from graphprune.graph import Group, ModelGraph
+from graphprune.pattern import Pattern
 from graphprune.profile import Profile
 from graphprune.registry import patterns
 
@@ -48,7 +48,7 @@ class GroupTable(Sequence[Group]):
             (group.name, group.kind, str(group.size), str(group.unit), _members(group), _status(group))
             for group in shown
         ]
-        lines = _layout(("group", "kind", "size", "unit", "parameters", "may it be cut?"), rows, numbers=(2, 3))
+        lines = layout(("group", "kind", "size", "unit", "parameters", "may it be cut?"), rows, numbers=(2, 3))
         if len(shown) < len(self):
             lines.append(f"not shown: {len(self) - len(shown)} frozen for an obvious reason (inputs, kernel positions)")
         cut = {group.atom for group in self if not group.frozen and _patterns(group.kind)}
@@ -96,9 +96,11 @@ class SiteTable(Sequence[SiteRow]):
     def rows(self) -> tuple[SiteRow, ...]:
         """The rows, in the order of the graph."""
         if self.profile is not None:
-            self.profile.fill(self._operators(self.profile.block))
+            self.profile.fill(operators(self.graph, list(patterns().values()), self.profile.block))
+        found = self._cases()
         return tuple(
-            SiteRow(site.name, site.kind, site.size, tuple(self._levels(site))) for site in self.graph.all_sites
+            SiteRow(site.name, site.kind, site.size, tuple(map(self._level, found.get(site.name, ()))))
+            for site in self.graph.all_sites
         )
 
     @overload
@@ -124,7 +126,7 @@ class SiteTable(Sequence[SiteRow]):
             cells = (row.name, row.kind, str(row.size))
             found = [(name, _summary(levels)) for name, levels in groupby(row.levels, lambda level: level.pattern)]
             rows += [(*cells, name, levels) for name, levels in found or [("-", self._why_none(row))]]
-        lines = _layout(("site", "kind", "size", "pattern", heading), rows, numbers=(2,))
+        lines = layout(("site", "kind", "size", "pattern", heading), rows, numbers=(2,))
         nodes = {node for row in self if row.levels for node in self.graph.site[row.name].layers}
         lines.append(f"sites with a choice reach {_reach(self.graph, nodes)}")
         return "\n".join(lines)
@@ -137,29 +139,17 @@ class SiteTable(Sequence[SiteRow]):
         possible = any(pattern.levels(site, block) for pattern in _patterns(site.kind))
         return "nothing gains beyond noise" if possible else f"too small for a level (blocks of {block})"
 
-    def _levels(self, site: Site) -> Iterator[SiteLevel]:
-        for pattern in _patterns(site.kind):
-            if self.profile is None:
-                yield from (SiteLevel(pattern.name, x.name, x.count, None) for x in pattern.levels(site, BLOCK))
-                continue
-            for level in pattern.legal(self.graph, site, self.profile):
-                layers = [self.graph.layer[node] for node in site.layers]
-                cuts = _cuts(pattern, site, level)
-                gain = self.profile.gain((x.operator for x in layers), (cuts.operator(x) for x in layers))
-                yield SiteLevel(pattern.name, level.name, level.count, gain)
+    def _cases(self) -> dict[str, list[Case]]:
+        """What the table shows, by site."""
+        block = self.profile.block if self.profile else BLOCK
+        found: Iterable[Case] = list(cases(self.graph, list(patterns().values()), block))
+        if self.profile is not None:
+            found = legal_cases(found, self.graph, self.profile)
+        return {name: list(same) for name, same in groupby(found, lambda case: case.site.name)}
 
-    def _operators(self, block: int) -> Iterator[Any]:
-        """All operators that the table asks for, so that they are measured together."""
-        for site in self.graph.all_sites:
-            layers = [self.graph.layer[node] for node in site.layers]
-            for pattern in _patterns(site.kind):
-                for level in pattern.levels(site, block):
-                    cuts = _cuts(pattern, site, level)
-                    yield from (operator for x in layers for operator in (x.operator, cuts.operator(x)))
-
-
-def _cuts(pattern: Pattern, site: Site, level: Level) -> Cuts:
-    return pattern.rewrite(site, level.keep or tuple(range(level.count)))
+    def _level(self, case: Case) -> SiteLevel:
+        gain = self.profile.gain(case.dense, case.cut) if self.profile else None
+        return SiteLevel(case.pattern.name, case.level.name, case.level.count, gain)
 
 
 def _patterns(kind: str) -> list[Pattern]:
@@ -206,7 +196,7 @@ def shortened(text: str, width: int) -> str:
     return text if len(text) <= width else f"…{text[1 - width :]}"
 
 
-def _layout(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[str]:
+def layout(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[str]:
     """Aligned lines of at most `WIDTH` columns; the last column takes what is left, and wraps."""
     cells = [[shortened(cell, NAME) for cell in row[:-1]] for row in (headings, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -1,7 +1,6 @@
 """`trace` and `profile`: what a model is made of, what may be cut, and what the engine would gain from it."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -17,7 +16,6 @@ from graphprune.console import Bars
 
 if TYPE_CHECKING:
     from graphprune.graph import ModelGraph
-    from graphprune.operators import Operator
     from graphprune.profile import Profile as OperatorProfile
 
 
@@ -108,20 +106,12 @@ def traced(spec: str, weights: Path | None, size: int | None) -> "ModelGraph":
 
 def measure_all(graph: "ModelGraph", profile: "OperatorProfile") -> None:
     """Time, with a progress bar, whatever the tables of this graph will ask for and the cache does not hold."""
+    from graphprune.cases import operators
+    from graphprune.registry import patterns
+
+    wanted = operators(graph, list(patterns().values()), profile.block)
     with Bars() as bars:
-        profile.fill(list(_operators(graph, profile.block)), lambda done, total: bars.update("profile", done, total))
-
-
-def _operators(graph: "ModelGraph", block: int) -> Iterator["Operator"]:
-    """Every layer dense and under every level of every pattern; which units stay does not matter to the time."""
-    from graphprune import registry
-
-    yield from (layer.operator for layer in graph.layers)
-    for site in graph.all_sites:
-        for pattern in registry.patterns().values():
-            for level in pattern.levels(site, block) if site.kind in pattern.kinds else ():
-                cuts = pattern.rewrite(site, level.keep or tuple(range(level.count)))
-                yield from (cuts.operator(graph.layer[node]) for node in site.layers)
+        profile.fill(wanted, lambda done, total: bars.update("profile", done, total))
 
 
 def _about(profile: "OperatorProfile") -> str:
