@@ -171,7 +171,7 @@ def summary(name: str, lines: Sequence[Line]) -> Line:
     correction = corrected(Sum(0.0, ()), factor).constant  # of a plan that is predicted to take no time at all
     for line in plans:
         line["corrected"] = correction + factor * line["predicted"]
-    fastest = min((line["measured"] for line in good if line["kind"] == "cheapest"), default=float("nan"))
+    fastest = [line["measured"] for line in good if line["kind"] == "cheapest"]
     return {
         "model": name,
         "plans": len(plans),
@@ -180,7 +180,7 @@ def summary(name: str, lines: Sequence[Line]) -> Line:
         "error": spread([line["predicted"] / line["measured"] - 1 for line in plans]),
         "error_corrected": spread([line["corrected"] / line["measured"] - 1 for line in plans]),
         "slower": sum(line["interval"][0] > 1 for line in plans),
-        "fastest_speedup": 1 / fastest,
+        "fastest_speedup": 1 / fastest[0] if fastest else None,
         "lines": list(lines),
     }
 
@@ -195,15 +195,20 @@ def spread(errors: Sequence[float]) -> dict[str, float | None]:
 
 def table(found: Sequence[Line]) -> str:
     """What is printed at the end."""
-    text = [f"{'model':16} plans failed  median    p95  corrected: median    p95  slower  fastest plan"]
+    text = [
+        "                                |predicted / measured - 1|     corrected            lower end   fastest",
+        "model            plans failed     median   95 % below     median   95 % below   above 1     plan",
+    ]
     for one in found:
-        raw, mended = one["error"], one["error_corrected"]
-        figures = [f"{100 * (v if v is not None else float('nan')):5.1f} %" for e in (raw, mended) for v in e.values()]
-        text.append(
-            f"{one['model']:16} {one['plans']:5} {one['failed']:6} {figures[0]} {figures[1]}  {figures[2]:>17} "
-            f"{figures[3]}  {one['slower']:6}  {one['fastest_speedup']:11.2f}x"
-        )
+        errors = [value for name in ("error", "error_corrected") for value in one[name].values()]
+        figures = "".join(f"{_percent(value):>12}" for value in errors)
+        fastest = "-" if one["fastest_speedup"] is None else f"{one['fastest_speedup']:.2f}x"
+        text.append(f"{one['model']:16} {one['plans']:5} {one['failed']:6}{figures}{one['slower']:10}{fastest:>10}")
     return "\n".join(text)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def plot(found: Sequence[Line], path: Path, title: str) -> None:

@@ -17,7 +17,7 @@ from graphprune.graph import Layer, ModelGraph
 from graphprune.operators import Attention, Convolution, Linear, Operator
 from graphprune.pattern import Pattern
 from graphprune.profile import Profile, Progress
-from graphprune.tables import layout
+from graphprune.tables import SOLID, layout
 from graphprune.tracing import trace
 
 ROWS = 197
@@ -122,7 +122,7 @@ def describe(operator: Operator) -> str:
 
 
 def _merged(found: Sequence[Cell]) -> Iterator[Cell]:
-    """Cells that agree in pattern, level and shape as one; it is offered where the engine offers it at half of them."""
+    """Cells that agree in pattern, level and shape as one, which is offered where at least half of them are."""
     same: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in found:
         same.setdefault((cell.pattern, cell.level, cell.shape), []).append(cell)
@@ -166,7 +166,7 @@ def _told(found: Sequence[Cell]) -> str:
         members = list(same)
         name = members[0].level if len(members) == 1 else shape
         gain = _gain([cell.speedup for cell in members])
-        parts.append(" ".join(filter(None, (name, gain, f"({100 * share:.0f} %)"))))
+        parts.append(" ".join(filter(None, (name, gain, f"({100 * share:.0f} %)"))).replace(" ", SOLID))
     return ", ".join(parts)
 
 

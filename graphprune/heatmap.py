@@ -23,8 +23,10 @@ RANGE = 2.0
 STYLE = {"font.size": 8, "hatch.linewidth": 0.5, "svg.fonttype": "none", "svg.hashsalt": "graphprune"}
 WIDTH, HEIGHT = 0.62, 0.26
 """Inches of a cell."""
-LEFT, LABELS, TITLE, HEAD = 1.5, 1.75, 0.3, 0.95
-"""Inches for the names of levels and of shapes, for a panel's title, and for the scale above all panels."""
+LEFT, RIGHT, TITLE, HEAD = 1.6, 0.5, 0.3, 0.9
+"""Inches for the names of levels, beside the last column, for a panel's title, and for the scale above all panels."""
+LABELS, LETTER = 0.35, 0.036
+"""Inches below a panel, and what each letter of the longest name of a shape adds."""
 
 
 def check(path: Path) -> None:
@@ -37,18 +39,17 @@ def draw(cells: Sequence[Cell], path: Path, title: str) -> Path:
     """Write the picture; the ending of `path` is its format. Raises InputError for another ending than those known."""
     check(path)
     panels = [[c for c in cells if c.pattern == name] for name in dict.fromkeys(c.pattern for c in cells)]
-    sizes = [(len(_names(panel, "level")), len(_names(panel, "shape"))) for panel in panels]
-    width = LEFT + WIDTH * max((columns for _, columns in sizes), default=1) + 0.9
-    width = max(width, 8.0)
-    height = HEAD + sum(TITLE + HEIGHT * rows + LABELS for rows, _ in sizes)
+    sizes = [_size(panel) for panel in panels]
+    width = max(8.0, LEFT + WIDTH * max((columns for _, columns, _ in sizes), default=1) + RIGHT)
+    height = HEAD + sum(TITLE + HEIGHT * rows + labels for rows, _, labels in sizes)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height))
         top = height - HEAD
-        for panel, (rows, columns) in zip(panels, sizes, strict=True):
+        for panel, (rows, columns, labels) in zip(panels, sizes, strict=True):
             top -= TITLE + HEIGHT * rows
             place = (LEFT / width, top / height, WIDTH * columns / width, HEIGHT * rows / height)
             _panel(figure.add_axes(place), panel)
-            top -= LABELS
+            top -= labels
         _scale(figure, width, height, title)
         buffer = BytesIO()
         figure.savefig(buffer, format=path.suffix[1:], dpi=130, metadata=_metadata(path))
@@ -58,6 +59,12 @@ def draw(cells: Sequence[Cell], path: Path, title: str) -> Path:
 def _metadata(path: Path) -> dict[str, None] | None:
     """Nothing that differs from run to run."""
     return {"Date": None} if path.suffix == ".svg" else {"CreationDate": None} if path.suffix == ".pdf" else None
+
+
+def _size(panel: Sequence[Cell]) -> tuple[int, int, float]:
+    """Rows, columns, and inches for the names of the columns."""
+    shapes = _names(panel, "shape")
+    return len(_names(panel, "level")), len(shapes), LABELS + LETTER * max(map(len, shapes))
 
 
 def _names(panel: Sequence[Cell], axis: str) -> list[str]:
@@ -116,9 +123,9 @@ def _scale(figure: Figure, width: float, height: float, title: str) -> None:
     """Title, colour scale and the meaning of hatching, above the panels."""
     figure.text(0.15 / width, 1 - 0.12 / height, title, va="top", fontsize=10, fontweight="bold")
     colours = matplotlib.cm.ScalarMappable(_norm(), COLOURS)
-    axes = figure.add_axes((0.15 / width, 1 - 0.62 / height, 2.2 / width, 0.14 / height))
+    axes = figure.add_axes((0.3 / width, 1 - 0.58 / height, 2.1 / width, 0.14 / height))
     bar = figure.colorbar(colours, cax=axes, orientation="horizontal")
     bar.set_ticks([1 / RANGE, 0.7, 1, 1.4, RANGE], labels=[f"≤ {1 / RANGE:g}", "0.7", "1", "1.4", f"≥ {RANGE:g}"])
     bar.minorticks_off()
     note = "number: speed-up of the layers; colour: speed-up x share of FLOPs kept; hatched: not offered here"
-    figure.text(2.55 / width, 1 - 0.55 / height, note, va="center", fontsize=8)
+    figure.text(2.75 / width, 1 - 0.51 / height, note, va="center", fontsize=8)

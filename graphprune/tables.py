@@ -22,6 +22,12 @@ NAME = 36
 BLOCK = 16
 """Rows of a vector block where no profile was made."""
 
+SOLID = "\N{NO-BREAK SPACE}"
+"""A space at which no line is broken."""
+
+REPEATED = 40
+"""A longer text is told once: rows with the same text name the first one of them."""
+
 OBVIOUS = ("a convolution slides over it", "it is an input of the model", "spatial")
 """Reasons that nobody needs to be told: groups frozen by nothing else are left out of the printed table."""
 
@@ -48,6 +54,7 @@ class GroupTable(Sequence[Group]):
             (group.name, group.kind, str(group.size), str(group.unit), _members(group), _status(group))
             for group in shown
         ]
+        rows = _told_once(rows, (1, 2, 3))
         lines = layout(("group", "kind", "size", "unit", "parameters", "may it be cut?"), rows, numbers=(2, 3))
         if len(shown) < len(self):
             lines.append(f"not shown: {len(self) - len(shown)} frozen for an obvious reason (inputs, kernel positions)")
@@ -126,6 +133,7 @@ class SiteTable(Sequence[SiteRow]):
             cells = (row.name, row.kind, str(row.size))
             found = [(name, _summary(levels)) for name, levels in groupby(row.levels, lambda level: level.pattern)]
             rows += [(*cells, name, levels) for name, levels in found or [("-", self._why_none(row))]]
+        rows = _told_once(rows, (1, 2, 3))
         lines = layout(("site", "kind", "size", "pattern", heading), rows, numbers=(2,))
         nodes = {node for row in self if row.levels for node in self.graph.site[row.name].layers}
         lines.append(f"sites with a choice reach {_reach(self.graph, nodes)}")
@@ -137,7 +145,10 @@ class SiteTable(Sequence[SiteRow]):
         if not _patterns(site.kind):
             return f"no pattern cuts a {site.kind}"
         possible = any(pattern.levels(site, block) for pattern in _patterns(site.kind))
-        return "nothing gains beyond noise" if possible else f"too small for a level (blocks of {block})"
+        if possible:
+            return "nothing gains beyond noise"
+        rows, columns = site.kernel
+        return f"no level for {rows}x{columns}" if site.atom < 0 else f"too small for a level (blocks of {block})"
 
     def _cases(self) -> dict[str, list[Case]]:
         """What the table shows, by site."""
@@ -167,9 +178,28 @@ def _members(group: Group) -> str:
 
 def _status(group: Group) -> str:
     if group.frozen:
-        return f"no: {'; '.join(group.frozen)}"
+        return f"no: {'; '.join(_without_place(reason, group.name) for reason in group.frozen)}"
     names = [pattern.name for pattern in _patterns(group.kind)]
     return f"yes: {', '.join(names)}" if names else f"no pattern cuts a {group.kind}"
+
+
+def _without_place(reason: str, name: str) -> str:
+    """The reason without `in MODULE`, where that is the module which the group is named after, or around it."""
+    before, found, module = reason.removesuffix(")").rpartition(" in ")
+    return f"{before})" if found and reason.endswith(")") and f"{name}.".startswith(f"{module}.") else reason
+
+
+def _told_once(rows: Iterable[tuple[str, ...]], same: Sequence[int]) -> list[tuple[str, ...]]:
+    """Rows whose last cell, if long, points to an earlier row that agrees in it and in the columns `same`."""
+    first: dict[tuple[str, ...], str] = {}
+    told = []
+    for row in rows:
+        text = row[-1]
+        name = first.setdefault((*(row[column] for column in same), text), row[0])
+        if name != row[0] and len(text) > REPEATED:
+            text = f"{'no: ' if text.startswith('no: ') else ''}as {shortened(name, NAME)}"
+        told.append((*row[:-1], text))
+    return told
 
 
 def _summary(levels: Iterable[SiteLevel]) -> str:
@@ -180,7 +210,7 @@ def _summary(levels: Iterable[SiteLevel]) -> str:
         name = members[0].level if len(members) == 1 else shape
         gains = sorted(level.gain for level in members if level.gain is not None)
         ends = list(dict.fromkeys(f"{gain:.2f}" for gain in (*gains[:1], *gains[-1:])))
-        parts.append(f"{name}: {'-'.join(ends)}x" if ends else name)
+        parts.append((f"{name}: {'-'.join(ends)}x" if ends else name).replace(" ", SOLID))
     return ", ".join(parts)
 
 
@@ -210,4 +240,4 @@ def layout(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequ
         first, *rest = textwrap.wrap(row[-1], max(20, left)) or [""]
         indent = " " * (sum(widths) + 2 * len(widths))
         lines += ["  ".join([*padded, first]).rstrip(), *(indent + line for line in rest)]
-    return lines
+    return [line.replace(SOLID, " ") for line in lines]
