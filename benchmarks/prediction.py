@@ -213,7 +213,7 @@ def _percent(value: float | None) -> str:
 
 def plot(found: Sequence[Line], path: Path, title: str) -> None:
     """Predicted against measured shares: a panel for each model, with the band of 10 %."""
-    figure = Figure(figsize=(4.2 * len(found), 4.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(found), 4.9), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, one in zip(panels, found, strict=True):
         plans = [line for line in one["lines"] if line["kind"] == "plan" and "measured" in line]

@@ -54,8 +54,8 @@ class GroupTable(Sequence[Group]):
             (group.name, group.kind, str(group.size), str(group.unit), _members(group), _status(group))
             for group in shown
         ]
-        rows = _told_once(rows, (1, 2, 3))
-        lines = layout(("group", "kind", "size", "unit", "parameters", "may it be cut?"), rows, numbers=(2, 3))
+        headings = ("group", "kind", "size", "unit", "parameters", "may it be cut?")
+        lines = layout(headings, _told_once(rows, (1, 2, 3)), numbers=(2, 3))
         if len(shown) < len(self):
             lines.append(f"not shown: {len(self) - len(shown)} frozen for an obvious reason (inputs, kernel positions)")
         cut = {group.atom for group in self if not group.frozen and _patterns(group.kind)}
@@ -133,8 +133,8 @@ class SiteTable(Sequence[SiteRow]):
             cells = (row.name, row.kind, str(row.size))
             found = [(name, _summary(levels)) for name, levels in groupby(row.levels, lambda level: level.pattern)]
             rows += [(*cells, name, levels) for name, levels in found or [("-", self._why_none(row))]]
-        rows = _told_once(rows, (1, 2, 3))
-        lines = layout(("site", "kind", "size", "pattern", heading), rows, numbers=(2,))
+        told = _told_once(rows, (1, 2, 3))
+        lines = layout(("site", "kind", "size", "pattern", heading), told, numbers=(2,))
         nodes = {node for row in self if row.levels for node in self.graph.site[row.name].layers}
         lines.append(f"sites with a choice reach {_reach(self.graph, nodes)}")
         return "\n".join(lines)
