@@ -45,7 +45,7 @@ class Cell:
     @property
     def efficiency(self) -> float:
         """Speed-up x share of FLOPs kept: 1 where time falls as FLOPs do; NaN where no layer is left."""
-        return self.speedup * self.flops_share if math.isfinite(self.speedup) else math.nan
+        return self.speedup * self.flops_share
 
     def to_dict(self) -> dict[str, str | float | None]:
         """For JSON, which knows neither NaN nor infinity: None."""

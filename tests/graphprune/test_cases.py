@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from graphprune.cases import cases, legal_cases, operators
 from graphprune.engines.fake import FakeEngine
@@ -43,8 +44,9 @@ def test_a_case_knows_what_becomes_of_its_layers(graph: ModelGraph) -> None:
 
 
 def test_all_operators_are_listed_once(graph: ModelGraph) -> None:
+    twins = trace(nn.Sequential(*(nn.Conv2d(32, 32, 3, padding=1) for _ in range(2))), torch.zeros(2, 32, 8, 8))
+    assert len(operators(twins, [Kernel()], 16)) == 1 + len(Kernel().levels(twins.site["0/kernel"], 16))
     found = operators(graph, BOTH, 16)
-    assert len(found) == len(set(found))
     wanted = {o for case in cases(graph, BOTH, 16) for o in (*case.dense, *case.cut)}
     assert set(found) == wanted | {layer.operator for layer in graph.layers}
     assert Linear(1, 16, 4) in found
@@ -58,3 +60,5 @@ def test_legal_cases_are_those_of_the_patterns(graph: ModelGraph, tmp_path: Path
         for site in graph.all_sites:
             own = [case.level for case in found if case.site == site and case.pattern is pattern]
             assert tuple(own) == pattern.legal(graph, site, profile)
+    idle = Profile(tiny.Weighted(factor=0), tmp_path / "idle.jsonl")
+    assert list(legal_cases(cases(graph, BOTH, 16), graph, idle)) == []
