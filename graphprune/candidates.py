@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from graphprune.calibration import Statistics
+from graphprune.cases import operators
 from graphprune.compensation import Consumer, filter_errors, rank_units, solve
 from graphprune.cuts import Cuts, join
 from graphprune.graph import Layer, ModelGraph, Site, Window
@@ -51,7 +52,7 @@ class Candidates:
 
     def collect(self, progress: Progress | None = None) -> None:
         """Measure what is not in the profile yet and choose the kept units of every legal level."""
-        self.profile.fill(self._structural_operators(), progress)
+        self.profile.fill(operators(self.graph, self.patterns, self.profile.block), progress)
         for site in self.graph.all_sites:
             scores: dict[tuple[Window, ...], Scores] = {}
             drafts = [_Draft("dense", "dense", tuple(range(site.size)), 1.0, Cuts())]
@@ -70,15 +71,6 @@ class Candidates:
         for pattern in self.patterns:
             for level in pattern.legal(self.graph, site, self.profile):
                 yield pattern, level
-
-    def _structural_operators(self) -> list[Operator]:
-        operators = [layer.operator for layer in self.graph.layers]
-        for site in self.graph.all_sites:
-            for pattern in self.patterns:
-                for level in pattern.levels(site, self.profile.block) if site.kind in pattern.kinds else ():
-                    cuts = pattern.rewrite(site, pattern.sample(site, level))
-                    operators += [cuts.operator(self.graph.layer[node]) for node in site.layers]
-        return operators
 
     def _scores(self, site: Site) -> Scores:
         """How much each unit of a group matters: to its consumers where calibrated, else by weight magnitude."""
@@ -123,12 +115,12 @@ class Candidates:
         return join(*(self.drafts[site.name][index].cuts for site, index in zip(self.sites, choices, strict=True)))
 
     def _table_operators(self) -> list[Operator]:
-        operators: list[Operator] = []
+        found: list[Operator] = []
         for layer in self.graph.layers:
             for factor in self._blocks(self._touching(layer)):
                 cuts = (self._cut(factor, options) for options in self._combinations(factor))
-                operators += [cut.operator(layer) for cut in cuts if _offered(layer, cut)]
-        return operators
+                found += [cut.operator(layer) for cut in cuts if _offered(layer, cut)]
+        return found
 
     def _blocks(self, sites: list[int]) -> list[list[int]]:
         """The sites of a layer as one table, or one by one where that would be too large."""

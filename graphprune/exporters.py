@@ -90,7 +90,7 @@ def _input_names(model: nn.Module, count: int) -> tuple[str, ...]:
 
 
 def convert(request: Request, routes: Sequence[Callable[[Request], ir.Model]]) -> ir.Model:
-    """The model from the first exporter that succeeds, rewritten for engines; where all fail, the first failure is told."""
+    """The model from the first exporter that succeeds, rewritten for the engine. The first failure is what is told."""
     errors: list[Exception] = []
     for route in routes:
         try:

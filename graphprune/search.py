@@ -132,7 +132,7 @@ class _Session:
         candidates = Candidates(graph, profile, list(patterns().values()), statistics)
         candidates.collect(lambda done, total: progress("profile", done, total, "operators"))
         costs = {
-            "latency": candidates.cost(profile.seconds, _seconds(profile, graph)),
+            "latency": latency_cost(candidates),
             "flops": candidates.cost(lambda operator: operator.flops, counts.flops),
             "params": candidates.cost(lambda operator: operator.parameters, counts.params),
         }
@@ -193,14 +193,14 @@ class _Session:
             return
         problem = self.problem(PROBES, self._aims())
         evaluator = self._evaluator(problem, "probe", 0)
-        rng, ratios = np.random.default_rng(PROBE_SEED), []
+        rng, pairs = np.random.default_rng(PROBE_SEED), []
         for number in range(PROBES):
             choices = random_walk(problem, rng)
-            measured, saved = evaluator.probe(choices).measured, 1 - self.costs["latency"](choices)
-            if measured is not None and saved > LEAST_SAVED:
-                ratios.append((1 - measured.value) / saved)
+            measured = evaluator.probe(choices).measured
+            if measured is not None:
+                pairs.append((self.costs["latency"](choices), measured.value))
             self.progress("profile", number + 1, PROBES, "whole models")
-        self.costs["latency"] = corrected(self.costs["latency"], median(ratios or [1.0]))
+        self.costs["latency"] = corrected(self.costs["latency"], saving_factor(pairs))
 
     def _evaluator(self, problem: Problem, agent: str, seed: int) -> Evaluator:
         return Evaluator(
@@ -329,6 +329,17 @@ def random_walk(problem: Problem, rng: np.random.Generator) -> Choices:
     for _ in problem.decisions:
         choices = (*choices, int(rng.choice(np.flatnonzero(problem.mask(choices)))))
     return choices
+
+
+def latency_cost(candidates: Candidates) -> Sum:
+    """The predicted latency share: the sum of the layers' times."""
+    return candidates.cost(candidates.profile.seconds, _seconds(candidates.profile, candidates.graph))
+
+
+def saving_factor(pairs: Sequence[tuple[float, float]]) -> float:
+    """What whole models save / what their layers' sum says, the median over (predicted, measured) latency shares."""
+    ratios = [(1 - measured) / (1 - predicted) for predicted, measured in pairs if 1 - predicted > LEAST_SAVED]
+    return median(ratios or [1.0])
 
 
 def corrected(cost: Sum, factor: float) -> Sum:

@@ -1,6 +1,7 @@
 """The tables: what they say is what the graph, the patterns and the profile say, and they fit a terminal."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,30 @@ def test_json(graph: ModelGraph, profile: Profile) -> None:
     inner = next(site for site in body["sites"] if site["name"] == "inner/channels")
     assert {level["pattern"] for level in inner["levels"]} == {"filter"}
     assert graph.sites().to_dict()["engine"] is None
+
+
+def test_what_repeats_is_told_once(tmp_path: Path) -> None:
+    model = create("timm:vit_tiny_patch16_224?num_classes=10&img_size=32&depth=3")
+    deep = trace(model, torch.zeros(2, 3, 32, 32))
+    profile = Profile(FakeEngine(), cache=tmp_path / "timings.jsonl")
+    sites = str(deep.sites(profile))
+    first = line(sites, "blocks.0.mlp.fc1/hidden")
+    assert "576 of 768: " in first
+    for number in (1, 2):
+        assert line(sites, f"blocks.{number}.mlp.fc1/hidden").endswith(" as blocks.0.mlp.fc1/hidden")
+    groups = str(deep.groups())
+    assert line(groups, "blocks.0.attn.qkv#2").split("no: ")[1].startswith("the attention scale")
+    assert line(groups, "blocks.2.attn.qkv#2").endswith("no: as blocks.0.attn.qkv#2")
+    assert line(groups, "blocks.0.attn.qkv#1").endswith("no: taken apart (unbind)")  # it is in blocks.0.attn: known
+
+
+def test_lines_break_between_levels_only(graph: ModelGraph, profile: Profile) -> None:
+    lines = [text.rstrip() for text in str(graph.sites(profile)).splitlines()]
+    wrapped = [text for text, after in pairwise(lines) if after.startswith(" " * 40)]
+    assert wrapped
+    assert all(text.endswith("x,") for text in wrapped)
+
+
+def test_a_kernel_without_levels_is_not_called_too_small() -> None:
+    patches = trace(nn.Sequential(nn.Conv2d(3, 32, 4, stride=4)), torch.zeros(2, 3, 16, 16))
+    assert line(str(patches.sites()), "0/kernel").endswith("no level for 4x4")
