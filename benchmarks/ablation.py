@@ -150,11 +150,10 @@ class Found:
 
 def pattern_rows(dense: Dense, method: str, options: argparse.Namespace, statistics: Statistics) -> Iterator[Row]:
     """The rows of one pattern set: at each point without and with compensation."""
-    names = SETS[method]
-    tables = None if set(names or ()) - set(patterns()) else Tables.build(dense, names, statistics)
+    tables = Tables.build(dense, SETS[method], statistics)
     if tables is None:
-        reason = "not registered" if set(names or ()) - set(patterns()) else "nothing to cut"
-        yield from (missing(dense, method, c, point, reason) for point in options.points for c in (False, True))
+        places = [(point, compensated) for point in options.points for compensated in (False, True)]
+        yield from (missing(dense, method, compensated, point, "nothing to cut") for point, compensated in places)
         return
     finders = [tables.finder(exponent) for exponent in EXPONENTS[: options.trials]]
     for point in options.points:
@@ -244,6 +243,9 @@ def work(name: str, options: argparse.Namespace, rows: Rows) -> None:
         rows.add(row(dense, "dense", False, 1.0, found))
     statistics: Statistics | None = None
     for method in options.methods:
+        if unknown := set(SETS.get(method) or ()) - set(patterns()):
+            print(f"{name} {method}: skipped, {', '.join(unknown)} is not registered", flush=True)
+            continue
         if all(_done(rows, name, method, point) for point in options.points):
             continue
         if method == RIVAL:
@@ -302,7 +304,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 
     names = list(dict.fromkeys(entry["model"] for entry in rows))
     figure, panels = pyplot.subplots(
-        1, len(names), figsize=(5.6 * len(names), 4.6), layout="constrained", squeeze=False
+        1, len(names), figsize=(5.0 * len(names) + 2.6, 4.4), layout="constrained", squeeze=False
     )
     best = [{**entry, "method": RIVAL} for entry in best_rival(rows)]
     for panel, name in zip(panels[0], names, strict=True):
@@ -319,10 +321,11 @@ def draw(rows: Sequence[Row], file: Path) -> None:
                     panel.plot(
                         *zip(*sorted(points), strict=True), marker="o", markersize=4.5, color=colour,
                         linestyle="-" if compensated else (0, (4, 2)), label=label,
+                        markerfacecolor=colour if compensated else "white",
                     )  # fmt: skip
         dense = next(entry for entry in rows if entry["model"] == name and entry["method"] == "dense")
         panel.axhline(100 * dense["test_accuracy"], color="#555555", linewidth=1, linestyle=":", label="dense")
-        panel.set(title=f"{name}, CIFAR-10, no fine-tuning", xlabel="measured latency, share of dense", ylim=(0, 100))
+        panel.set(title=f"{name}, no fine-tuning", xlabel="measured latency, share of dense", ylim=(0, 100))
         panel.set_ylabel("test top-1, %")
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)

@@ -169,7 +169,9 @@ class Rows:
     def __post_init__(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if self.file.exists():
-            self.rows = [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
+            whole = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            self.rows = [json.loads(line) for line in whole]
+            self.file.write_text("".join(whole))  # without the line that a killed run was writing
 
     def has(self, **facts: Any) -> bool:
         """Whether there is a row with these values."""
