@@ -108,55 +108,65 @@ class Finder(Generic[T]):
     share: Callable[[T, int, bool], Share]
     key: Callable[[T], object]
     knobs: Sequence[float]
-    _shares: dict[object, Share] = field(default_factory=dict)
-    _found: dict[float, tuple[T, float]] = field(default_factory=dict)
+    _shares: dict[object, float] = field(default_factory=dict)
+    _found: dict[float, T] = field(default_factory=dict)
 
     def find(self, target: float) -> tuple[T, Share] | None:
         """The slowest candidate whose latency, measured again in a fresh process, is within the target, if any."""
         for knob in self.knobs:
             self._try(knob)
-        self._bisect(target)
-        fast = {self.key(c): (share, c) for c, share in self._found.values() if share <= target}
-        for _, candidate in sorted(fast.values(), key=lambda pair: -pair[0])[:CHECKS]:
-            checked = self.share(candidate, FINAL_ROUNDS, True)
+        for _ in range(CHECKS):
+            knob = self._bisect(target)
+            if knob is None:
+                return None
+            checked = self.share(self._found[knob], FINAL_ROUNDS, True)
             if checked.value <= target:
-                return candidate, checked
+                return self._found[knob], checked
+            self._shares[self.key(self._found[knob])] = checked.value  # it only looked fast enough
         return None
 
     @property
     def fastest(self) -> float:
         """The smallest share met so far."""
-        return min((share for _, share in self._found.values()), default=1.0)
+        return min(self._shares.values(), default=1.0)
 
-    def _try(self, knob: float) -> float | None:
-        """The share at a knob."""
-        if knob not in self._found:
-            candidate = self.build(knob)
-            if candidate is None:
-                return None
-            key = self.key(candidate)
-            if key not in self._shares:
-                self._shares[key] = self.share(candidate, ROUNDS, False)
-            self._found[knob] = candidate, self._shares[key].value
-        return self._found[knob][1]
+    def _known(self, knob: float) -> float:
+        return self._shares[self.key(self._found[knob])]
 
-    def _bisect(self, target: float) -> None:
-        """Between the best knob that is fast enough and the next one, which is not."""
+    def _try(self, knob: float) -> bool:
+        """Build and measure the candidate of a knob; whether there is one."""
+        if knob in self._found:
+            return True
+        candidate = self.build(knob)
+        if candidate is None:
+            return False
+        key = self.key(candidate)
+        if key not in self._shares:
+            self._shares[key] = self.share(candidate, ROUNDS, False).value
+        self._found[knob] = candidate
+        return True
+
+    def _bisect(self, target: float) -> float | None:
+        """The best knob that is fast enough, after looking between it and the next one, which is not; None for none."""
         tried = sorted(self._found)
-        fast = [knob for knob in tried if self._found[knob][1] <= target]
+        fast = [knob for knob in tried if self._known(knob) <= target]
         if not fast:
-            return
-        low = max(fast, key=lambda knob: self._found[knob][1])
+            return None
+        low = max(fast, key=self._known)
         place = bisect_right(tried, low)
         if place == len(tried):
-            return
-        high = tried[place]
+            return low
+        best, high = low, tried[place]
         for _ in range(STEPS):
-            if self._found[low][1] >= target * (1 - CLOSE):
-                return
+            if self._known(best) >= target * (1 - CLOSE):
+                break
             middle = (low + high) / 2
-            share = self._try(middle)
-            low, high = (middle, high) if share is not None and share <= target else (low, middle)
+            if self._try(middle) and self._known(middle) > target:
+                high = middle
+            else:
+                low = middle
+                best = max((best, middle), key=self._known) if middle in self._found else best
+        return best
 
 
 @dataclass
