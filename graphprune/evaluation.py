@@ -44,12 +44,15 @@ class Workbench:
         outcome = perform(self.model, self.graph, cuts)
         self.own_class, self.attributes = outcome.own_class, outcome.attributes
 
+    def cut(self, cuts: Cuts) -> nn.Module:
+        """A cut copy with the sliced weights."""
+        if self.own_class:
+            return cut_module(self.model, self.graph, cuts, self.attributes)
+        return cut_program(self.graph, cuts, self.model)
+
     def build(self, cuts: Cuts) -> nn.Module:
         """A cut, repaired copy in evaluation mode."""
-        if self.own_class:
-            pruned = cut_module(self.model, self.graph, cuts, self.attributes)
-        else:
-            pruned = cut_program(self.graph, cuts, self.model)
+        pruned = self.cut(cuts)
         repair(pruned, self.model, self.graph, cuts, self.reference)
         return pruned.eval()
 

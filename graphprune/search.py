@@ -24,12 +24,13 @@ from graphprune.export import onnx_bytes
 from graphprune.graph import ModelGraph
 from graphprune.machine import environment
 from graphprune.measure import share
+from graphprune.pattern import Pattern
 from graphprune.plan import Plan
 from graphprune.problem import BudgetSpent, Choices, Factor, Problem, Sum
 from graphprune.profile import Profile
 from graphprune.record import Record
 from graphprune.registry import agent as create_agent
-from graphprune.registry import patterns
+from graphprune.registry import chosen_patterns
 from graphprune.repair import make_reference
 from graphprune.result import Result
 from graphprune.study import Study, label
@@ -68,21 +69,24 @@ def search(  # noqa: PLR0913 - the public entry: what is searched, for what, by 
     engine: Engine | None = None,
     study: str | Path | None = None,
     rivals: Sequence[str] = (),
+    patterns: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Find the most accurate pruned model that meets the target, with at most `trials` evaluations by each agent.
 
     `model` is a module or a spec string. `engine` (ONNX Runtime, one thread) is what latency means. `study` is an
     SQLite file or a storage URL: a killed search that is started again with the same arguments goes on where it was.
-    `rivals` names agents that get the same problem for comparison. Never fine-tunes. Raises InputError for input that
+    `rivals` names agents that get the same problem for comparison. `patterns` names those that may be used; None is
+    all of them. Never fine-tunes. Raises InputError for input that
     cannot be used, TargetError, with the best that can be reached, where no plan meets the target.
     """
     if trials < 1:
         raise InputError(f"a search needs at least one trial, not {trials}")
     for name in (agent, *rivals):
         create_agent(name)
+    allowed = chosen_patterns(patterns)
     spec, module = (model, models.create(model)) if isinstance(model, str) else ("", model)
-    session = _Session.prepare(module, task, target, engine or OnnxRuntimeEngine(), study, progress or _quiet)
+    session = _Session.prepare(module, task, target, engine or OnnxRuntimeEngine(), allowed, study, progress or _quiet)
     problem = session.solve(agent, trials, seed)
     result = session.verify(problem, agent, seed)
     others = {name: session.verify(session.solve(name, trials, seed), name, seed).record for name in rivals}
@@ -110,8 +114,9 @@ class _Session:
 
     @classmethod
     def prepare(
-        cls, module: nn.Module, task: Task, target: Target, engine: Engine, study: str | Path | None, progress: Progress
-    ) -> "_Session":
+        cls, module: nn.Module, task: Task, target: Target, engine: Engine, allowed: Sequence[Pattern],
+        study: str | Path | None, progress: Progress,
+    ) -> "_Session":  # fmt: skip
         """Trace, profile, calibrate, and build the tables."""
         progress("trace", 0, 1, "")
         graph = remember(module, trace(module, task.example_inputs))
@@ -129,7 +134,7 @@ class _Session:
         progress("trace", 1, 1, f"{len(graph.nodes)} operators, {len(graph.all_sites)} sites")
         statistics = calibrate(graph, task.calibration, lambda done, total: progress("calibrate", done, total, ""))
         profile = Profile(engine)
-        candidates = Candidates(graph, profile, list(patterns().values()), statistics)
+        candidates = Candidates(graph, profile, allowed, statistics)
         candidates.collect(lambda done, total: progress("profile", done, total, "operators"))
         costs = {
             "latency": latency_cost(candidates),
@@ -138,7 +143,7 @@ class _Session:
         }
         limits = target.shares({"latency": timing.median, "flops": counts.flops, "params": counts.params})
         bench = Workbench(module, graph, make_reference(graph, task.calibration), task)
-        store = Study.open(study, _study_name(module, graph, task, engine), _labels(candidates))
+        store = Study.open(study, _study_name(module, graph, task, engine), _labels(graph, profile.block))
         session = cls(
             module, graph, task, target, engine, candidates, bench, costs, limits, candidates.error(), store,
             dense, dense_onnx, progress,
@@ -349,11 +354,21 @@ def corrected(cost: Sum, factor: float) -> Sum:
     return Sum(1 - factor + factor * cost.constant, factors)
 
 
-def _labels(candidates: Candidates) -> dict[str, list[str]]:
-    return {
-        site.name: [label(draft.pattern, draft.level) for draft in candidates.drafts[site.name][1:]]
-        for site in candidates.sites
+def _labels(graph: ModelGraph, block: int) -> dict[str, list[str]]:
+    """What any pattern could do at each site, chosen for this search or not.
+
+    A plan is a plan, so searches with other patterns share the study, and its columns are fixed when it is made.
+    """
+    options = {
+        site.name: [
+            label(pattern.name, level.name)
+            for pattern in chosen_patterns(None)
+            if site.kind in pattern.kinds
+            for level in pattern.levels(site, block)
+        ]
+        for site in graph.all_sites
     }
+    return {site: labels for site, labels in options.items() if labels}
 
 
 def _study_name(module: nn.Module, graph: ModelGraph, task: Task, engine: Engine) -> str:

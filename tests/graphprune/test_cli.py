@@ -308,6 +308,13 @@ def test_an_unknown_agent(photos, tmp_path):
     assert "autosculpt" in line
 
 
+@pytest.mark.parametrize("names", ["filter,fliter", ","])
+def test_patterns_that_are_unknown_or_none(photos, tmp_path, names):
+    line = one_line(prune(photos, tmp_path, "--patterns", names))
+    assert "known are" in line
+    assert "filter" in line
+
+
 def prune(photos: Path, out: Path, *options: str | Path, spec: str = VIT, target: tuple[str, ...] = ()) -> Outcome:
     target = target or ("--latency", "0.8")
     return call("prune", spec, "--data", f"imagefolder:{photos}", *target, "--trials", "2", "--out", out, *options)

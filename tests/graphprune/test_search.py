@@ -21,10 +21,10 @@ from graphprune.evaluation import Workbench
 from graphprune.export import onnx_bytes
 from graphprune.measure import measure
 from graphprune.problem import Factor, Problem, Sum
-from graphprune.registry import patterns
+from graphprune.registry import chosen_patterns, patterns
 from graphprune.result import Result
 from graphprune.search import PROBES, VERIFY_ROUNDS, corrected, random_walk, search
-from graphprune.study import Study, list_studies
+from graphprune.study import Study, label, list_studies
 from graphprune.surgery import apply
 from graphprune.target import Target
 from graphprune.task import Task
@@ -265,6 +265,46 @@ def test_other_weights_data_labels_or_engines_are_another_study(tmp_path: Path) 
         assert len(list_studies(file)) == number
     run(trials=1, agent="magnitude", study=file)
     assert len(list_studies(file)) == len(runs)
+
+
+# --- patterns ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("filter",), ("kernel",), ("kernel", "filter", "kernel")])
+def test_only_the_chosen_patterns_are_used(names: tuple[str, ...]) -> None:
+    result = run(Target(latency=0.8), trials=6, patterns=names)
+    used = {choice.pattern for record in result.records for choice in record.plan.choices}
+    assert used == set(names)
+
+
+def test_all_patterns_are_the_default() -> None:
+    assert chosen_patterns(None) == tuple(patterns().values())
+    assert chosen_patterns(tuple(patterns())[::-1]) == tuple(patterns().values())
+    assert run(trials=3).plan == run(trials=3, patterns=tuple(patterns())).plan
+
+
+@pytest.mark.parametrize("names", [("filter", "fliter"), ()])
+def test_unknown_and_no_patterns_are_refused_before_anything_is_measured(names: tuple[str, ...]) -> None:
+    engine = FakeEngine()
+    with pytest.raises(InputError, match=r"known are .*filter.*kernel"):
+        run(patterns=names, engine=engine)
+    assert engine.calls == 0
+
+
+def test_searches_with_other_patterns_share_a_study_and_its_columns(tmp_path: Path) -> None:
+    """The same plan is not evaluated twice, and every choice is a column, whichever search came first."""
+    file = tmp_path / "study.db"
+    for names in (("filter",), ("kernel",), None):
+        run(Target(latency=0.8), trials=4, study=file, patterns=names)
+    (summary,) = list_studies(file)
+    study = Study.open(file, summary.name)
+    records = study.records()
+    assert len({record.plan for record in records}) == len(records)
+    assert {choice.pattern for record in records for choice in record.plan.choices} == {"filter", "kernel"}
+    for record in records:
+        shown = study._params(record.plan)
+        for choice in record.plan.choices:
+            assert shown[choice.site] == label(choice.pattern, choice.level)
 
 
 # --- honest data ----------------------------------------------------------------------------------------------------
