@@ -103,8 +103,23 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A residual branch: `node` adds what is `inside`, which is computed from `skip` alone, to `skip`.
+
+    `inside` names all nodes of the exported graph that vanish with it, `modules` the paths of the largest modules that
+    lie wholly inside, the one nearest to the addition last. `name` is the path that tells best what it is.
+    """
+
+    name: str
+    node: str
+    skip: str
+    inside: frozenset[str]
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Site:
-    """Where one decision is taken: `size` units of a group, or the positions of one convolution's kernel.
+    """Where one decision is taken: `size` units of a group, positions of a kernel, or a branch (a single unit).
 
     `layers` are the nodes of the layers whose cost the decision changes; `node` is where agents see it.
     """
@@ -117,6 +132,7 @@ class Site:
     atom: int = -1
     kernel: tuple[int, int] = (0, 0)
     unit: int = 1
+    branch: Branch | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +170,13 @@ class ModelGraph:
         from graphprune.grouping import find_groups
 
         return find_groups(self)
+
+    @cached_property
+    def branches(self) -> tuple[Branch, ...]:
+        """Residual branches that can be dropped whole, in the order of the graph."""
+        from graphprune.branches import find_branches
+
+        return find_branches(self)
 
     @cached_property
     def all_sites(self) -> tuple[Site, ...]:

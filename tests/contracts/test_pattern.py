@@ -90,7 +90,8 @@ def test_levels_keep_something_and_cut_something(pattern: Pattern) -> None:
         levels = pattern.levels(site, BLOCK)
         assert len({level.name for level in levels}) == len(levels)
         for level in levels:
-            assert 0 < level.count < site.size
+            assert 0 <= level.count < site.size
+            assert level.count or site.branch, "only a branch can be cut to nothing"
             assert level.keep in ((), tuple(sorted(set(level.keep))))
             assert not level.keep or len(level.keep) == level.count
 
@@ -196,5 +197,7 @@ def test_units_that_are_not_there_are_refused(pattern: Pattern) -> None:
 
 
 def test_unknown_pattern() -> None:
-    with pytest.raises(InputError, match="unknown pattern 'magic'; known are filter, heads, hidden, kernel"):
+    with pytest.raises(
+        InputError, match="unknown pattern 'magic'; known are block, filter, heads, hidden, kernel, width"
+    ):
         pattern_called("magic")
