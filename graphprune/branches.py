@@ -123,21 +123,19 @@ def _name(layers: Sequence[str], addition: fx.Node) -> str:
 
 
 def _modules(nodes: Sequence[fx.Node], inside: frozenset[str]) -> tuple[str, ...]:
-    """The largest modules all of whose operators are inside, in the order in which they end."""
+    """The largest modules all of whose operators are inside."""
     calls: dict[str, list[str]] = {}
     for node in nodes:
         for path in _paths(node) if node.op == "call_function" and shapes_of(node) else ():
             calls.setdefault(path, []).append(node.name)
-    last = {path: number for number, node in enumerate(nodes) for path in _paths(node)}
     whole = {path for path, names in calls.items() if inside.issuperset(names)}
-    largest = [path for path in whole if not any(path.startswith(f"{other}.") for other in whole)]
-    return tuple(sorted(largest, key=lambda path: last[path]))
+    return tuple(path for path in calls if path in whole and not any(path.startswith(f"{x}.") for x in whole))
 
 
-def _paths(node: fx.Node) -> set[str]:
+def _paths(node: fx.Node) -> list[str]:
     """The paths of all modules in whose code the call was made, but for the model itself."""
     stack = [entry[0] for entry in node.meta.get("nn_module_stack", {}).values() if isinstance(entry, tuple)]
-    return {str(path).partition("@")[0] for path in stack if path and not str(path).startswith("_empty_nn")}
+    return [str(path).partition("@")[0] for path in stack if path and not str(path).startswith("_empty_nn")]
 
 
 def _unique(branches: Sequence[Branch]) -> list[Branch]:

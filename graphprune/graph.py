@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from graphprune.axes import Form
-from graphprune.operators import Convolution, Linear, Operator
+from graphprune.operators import Attention, Convolution, Linear, Operator
 
 if TYPE_CHECKING:
     import networkx
@@ -71,7 +71,7 @@ class Layer:
             return cut.window(*window) if window else cut
         if isinstance(given, Linear):
             return replace(given, inputs=inputs, outputs=outputs)
-        return replace(given, heads=inputs)
+        return replace(given, heads=inputs) if isinstance(given, Attention) else given
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Branch:
     """A residual branch: `node` adds what is `inside`, which is computed from `skip` alone, to `skip`.
 
     `inside` names all nodes of the exported graph that vanish with it, `modules` the paths of the largest modules that
-    lie wholly inside, the one nearest to the addition last. `name` is the path that tells best what it is.
+    lie wholly inside. `name` is the path that tells best what it is.
     """
 
     name: str

@@ -22,7 +22,7 @@ from graphprune.graph import ModelGraph
 from graphprune.plan import Plan
 from graphprune.tracing import copied, first_line, state_of, trace
 from graphprune.window import windowed
-from graphprune.zeros import Through, Zero
+from graphprune.zeros import Zero
 
 TOLERANCE = 100
 """How far the module may be from the exported graph: so many rounding steps of the largest output. Both compute the
@@ -196,7 +196,7 @@ def _drop_branches(pruned: nn.Module, graph: ModelGraph, cuts: Cuts) -> None:
     """Nothing is left of a branch but zeros; parameters that other modules hold for it become None."""
     for branch in outermost(cuts.dropped):
         for path in branch.modules:
-            pruned.set_submodule(path, Zero() if path == branch.modules[-1] else Through())
+            pruned.set_submodule(path, Zero())
     for name in gone_parameters(graph, cuts.dropped):
         path, _, attribute = name.rpartition(".")
         with suppress(AttributeError):  # gone already, with the module that held it

@@ -14,18 +14,11 @@ MOVES = frozenset(
 """Operators that only move numbers: of zeros they make zeros."""
 
 
-class Through(nn.Module):
-    """Stands for a module inside a dropped branch: hands its first input on, and takes whatever else that one took."""
-
-    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """[...] -> the same."""
-        return x
-
-
 class Zero(nn.Module):
-    """Stands for the last module of a dropped branch: zeros like its first input.
+    """Stands for a module inside a dropped branch: zeros like its first input, whatever else that module took.
 
-    They are negative: -0.0 is the number that changes none to which it is added, and nobody else writes it, so that
+    Each of them gives zeros, not the last one alone: what the code around them does next, a gate for instance, need not
+    end in the last module. The zeros are negative: -0.0 is the number that changes none to which it is added, and nobody else writes it, so that
     `drop_zeros` knows it again.
     """
 

@@ -77,7 +77,7 @@ class Shared(nn.Module):
         z = x + y
         z = z + self.other(y)
         z = z + torch.tanh(z)
-        return self.head(z + self.late(functional.relu_(z)))
+        return self.head(z + self.late(functional.relu_(z.flatten(2)).reshape(z.shape)))
 
 
 VIT = timm_model("vit_tiny_patch16_224", depth=2, img_size=32, patch_size=8, embed_dim=48, init_values=0.1)
@@ -99,7 +99,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Tensors]] = {
 BRANCHES = {
     "vit": ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"],
     "swin": [f"layers.{i}.{name}" for i in ("0.blocks.0", "0.blocks.1", "1.blocks.0") for name in ("attn", "mlp")],
-    "stage": ["layer1.0", "layer1.1", "layer1.2"],  # the others change the shape
+    "stage": ["layer1.1", "layer1.2"],  # the first block of each stage changes the shape
     "convnext": [f"stages.{place}" for place in ("0.blocks.0", "1.blocks.0", "1.blocks.1", "2.blocks.0", "3.blocks.0")],
     "squeezed": ["1", "2"],
     "mixer": ["token", "channel"],
@@ -169,7 +169,8 @@ def test_a_site_names_the_layers_that_go() -> None:
 
 # --- surgery --------------------------------------------------------------------------------------------------------
 
-OWN = {"vit", "swin", "stage", "convnext", "squeezed", "mixer", "swiglu", "option_a"}
+OWN = {"vit", "swin", "stage", "convnext", "squeezed", "mixer", "option_a"}
+"""The others compute in their own code, between the layers of a branch, what zeros of another shape do not fit."""
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -260,7 +261,7 @@ def test_the_unit_kept_is_no_cut_and_an_empty_keep_needs_a_branch() -> None:
 
 @pytest.mark.parametrize("name", ["vit", "swin", "stage", "convnext", "squeezed", "mixer"])
 def test_the_exported_file_does_not_pay_for_zeros(name: str, tmp_path: Path) -> None:
-    """The user's own class, with zeros in it, becomes the graph that has none: by both exporters."""
+    """The user's own class, with zeros in it, becomes the graph that has none, by both exporters."""
     model, graph, inputs = built(name, torch.float32)
     plan = removing(graph, *branch_sites(graph))
     operation = operate(model, graph, plan)
