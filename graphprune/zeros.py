@@ -18,8 +18,8 @@ class Zero(nn.Module):
     """Stands for a module inside a dropped branch: zeros like its first input, whatever else that module took.
 
     Each of them gives zeros, not the last one alone: what the code around them does next, a gate for instance, need not
-    end in the last module. The zeros are negative: -0.0 is the number that changes none to which it is added, and nobody else writes it, so that
-    `drop_zeros` knows it again.
+    end in the last module. They are negative zeros: -0.0 is the number that changes none to which it is added, and
+    nobody else writes it, so that `drop_zeros` knows it again.
     """
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -22,6 +22,7 @@ from graphprune.counting import count
 from graphprune.cuts import Cuts, join, resolve
 from graphprune.drawing import draw
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+from graphprune.evaluation import Workbench
 from graphprune.export import export_onnx, onnx_bytes
 from graphprune.exported import cut_program
 from graphprune.graph import ModelGraph, Site
@@ -35,9 +36,9 @@ from graphprune.surgery import Operation, operate, perform
 from graphprune.target import Target
 from graphprune.tracing import trace
 from graphprune.uniform import uniform_plan
+from tests.graphprune import tiny
 from tests.graphprune.networks import NETWORKS, Attention, Mixer, SwiGlu, Tensors, conv_bn, images, timm_model, tokens
 from tests.graphprune.oracle import masked_outputs, outputs_of, relative_error, scramble
-from tests.graphprune.tiny import candidates
 
 
 class SqueezedBlock(nn.Module):
@@ -247,6 +248,18 @@ def test_a_stream_that_is_read_again_is_not_written_to() -> None:
     checked((model, graph, inputs), removing(graph, *branch_sites(graph)))
 
 
+def test_a_probe_finds_the_attributes_of_branches_that_may_go() -> None:
+    """With every branch gone nothing would show that `num_heads` has to follow a cut of heads."""
+    model, graph, inputs = built("vit", torch.float32)
+    heads = Choice("blocks.0.attn/heads", "heads", "1 of 3", (1,))
+    cuts = resolve(graph, removing(graph, *branch_sites(graph), others=(heads,)))
+    bench = Workbench(model, graph, make_reference(graph, inputs), tiny.task())
+    bench.probe(cuts)
+    assert bench.own_class
+    assert "num_heads" in [attribute for _, attribute in bench.attributes]
+    assert type(bench.build(cuts)) is type(model)
+
+
 def test_the_unit_kept_is_no_cut_and_an_empty_keep_needs_a_branch() -> None:
     _, graph, _ = built("vit")
     site = branch_sites(graph)[0]
@@ -337,7 +350,7 @@ def made(limit: int | None = None, monkeypatch: pytest.MonkeyPatch | None = None
     _, graph, _ = built("vit", torch.float32)
     if limit is not None and monkeypatch is not None:
         monkeypatch.setattr(tables, "LARGEST_TABLE", limit)
-    return candidates(graph, calibrate(graph, [pictures(graph)]))
+    return tiny.candidates(graph, calibrate(graph, [pictures(graph)]))
 
 
 @pytest.mark.parametrize("limit", [1024, 1])
