@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from graphprune import candidates as tables
 from graphprune import checkpoint
+from graphprune.branches import outermost
 from graphprune.calibration import calibrate
 from graphprune.candidates import Candidates
 from graphprune.counting import count
@@ -240,12 +241,41 @@ def test_a_stream_that_is_read_again_is_not_written_to() -> None:
         def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x)
             y = functional.relu_(x + self.inner(x))
-            return self.head(y * x)
+            return self.head(y - x)
 
     model = scramble(Twice())
     inputs = [x.double() for x in tokens()]
     graph = trace(model, inputs)
     checked((model, graph, inputs), removing(graph, *branch_sites(graph)))
+
+
+def test_a_branch_within_a_branch() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = (nn.Linear(12, 12) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(x)
+            return self.three(x + self.two(x))
+
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner, self.head = nn.Linear(12, 12), Inner(), nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(x + self.inner(x))
+
+    model = scramble(Nested())
+    inputs = [x.double() for x in tokens()]
+    graph = trace(model, inputs)
+    sites = branch_sites(graph)
+    assert [site.branch.modules for site in sites if site.branch] == [("inner",), ("inner.two",)]
+    for some in ([sites[0]], [sites[1]], sites, sites[::-1]):
+        assert checked((model, graph, inputs), removing(graph, *some)).own_class
+    assert len(outermost(graph.branches)) == 1
 
 
 def test_a_probe_finds_the_attributes_of_branches_that_may_go() -> None:
