@@ -25,7 +25,7 @@ from graphprune.profile import Profile
 from graphprune.uniform import magnitudes, unit_rows
 
 LARGEST_TABLE = 1024
-"""Entries of one layer's table; beyond that its sites count as independent."""
+"""Entries of one layer's table, those with the layer dropped not counted; beyond that its sites are independent."""
 Progress = Callable[[int, int], None]
 
 
@@ -38,6 +38,8 @@ class _Draft:
     keep: tuple[int, ...]
     share: float
     cuts: Cuts
+    error: float | None = None
+    """The pattern's own, None where that of the layers counts."""
 
 
 @dataclass
@@ -58,11 +60,11 @@ class Candidates:
             drafts = [_Draft("dense", "dense", tuple(range(site.size)), 1.0, Cuts())]
             for pattern, level in self._legal(site):
                 windows = pattern.windows(site)
-                if not level.keep and windows not in scores:
+                if level.count and not level.keep and windows not in scores:
                     scores[windows] = self._window_scores(site, windows) if windows else self._scores(site)
-                keep = level.keep or pattern.choose(site, level, scores[windows])
-                share = len(keep) / pattern.units(site)
-                drafts.append(_Draft(pattern.name, level.name, keep, share, pattern.rewrite(site, keep)))
+                keep = level.keep or (pattern.choose(site, level, scores[windows]) if level.count else ())
+                share, error = len(keep) / pattern.units(site), pattern.error(site, keep, self.statistics)
+                drafts.append(_Draft(pattern.name, level.name, keep, share, pattern.rewrite(site, keep), error))
             if len(drafts) > 1:
                 self.drafts[site.name] = drafts
         self.profile.fill(self._table_operators(), progress)
@@ -117,15 +119,20 @@ class Candidates:
     def _table_operators(self) -> list[Operator]:
         found: list[Operator] = []
         for layer in self.graph.layers:
-            for factor in self._blocks(self._touching(layer)):
-                cuts = (self._cut(factor, options) for options in self._combinations(factor))
+            whole, parts = self._blocks(self._touching(layer))
+            for block in (whole, *parts):
+                cuts = (self._cut(block, options) for options in self._combinations(block))
                 found += [cut.operator(layer) for cut in cuts if _offered(layer, cut)]
         return found
 
-    def _blocks(self, sites: list[int]) -> list[list[int]]:
-        """The sites of a layer as one table, or one by one where that would be too large."""
-        entries = prod(len(self.drafts[self.sites[site].name]) for site in sites)
-        return [sites] if entries <= LARGEST_TABLE else [[site] for site in sites]
+    def _blocks(self, sites: list[int]) -> tuple[list[int], list[list[int]]]:
+        """The sites of one layer's table, and none apart from it; or, where that would be too large, the sites that may
+        drop the layer, and each other one together with those: what is dropped has no other change.
+        """
+        drops = [site for site in sites if self.sites[site].branch is not None]
+        others = [site for site in sites if site not in drops]
+        entries = prod(len(self.drafts[self.sites[site].name]) for site in others)
+        return (sites, []) if entries <= LARGEST_TABLE else (drops, [[site, *drops] for site in others])
 
     def _combinations(self, sites: Sequence[int]) -> Iterable[tuple[int, ...]]:
         return product(*(range(len(self.drafts[self.sites[site].name])) for site in sites))
@@ -135,19 +142,16 @@ class Candidates:
         return join(*(self.drafts[name][option].cuts for name, option in zip(names, options, strict=True)))
 
     def _factors(self, layer: Layer, sites: list[int], value: Callable[[Cuts], float]) -> list[Factor]:
-        """Tables of `value(cuts)` for one layer; beyond the first block only what a cut changes is added."""
-        factors = []
-        blocks = self._blocks(sites)
-        for block in blocks:
-            shape = [len(self.drafts[self.sites[site].name]) for site in block]
-            entries = [value(self._cut(block, options)) for options in self._combinations(block)]
-            table: Floats = np.array(entries, dtype=np.float64).reshape(shape)
-            if len(blocks) > 1:
-                table = table - table.flat[0]
-            factors.append(Factor(tuple(block), table))
-        if len(blocks) > 1:
-            factors.append(Factor((), np.array(value(Cuts()))))
-        return factors
+        """Tables of `value(cuts)` for one layer; where sites are apart, each adds only what its cut changes."""
+        together, apart = self._blocks(sites)
+        whole = self._table(together, value)
+        changes = [Factor(tuple(block), self._table(block, value) - whole) for block in apart]
+        return [*changes, Factor(tuple(together), whole)]
+
+    def _table(self, sites: Sequence[int], value: Callable[[Cuts], float]) -> Floats:
+        shape = [len(self.drafts[self.sites[site].name]) for site in sites]
+        entries = [value(self._cut(sites, options)) for options in self._combinations(sites)]
+        return np.array(entries, dtype=np.float64).reshape(shape)
 
     def cost(self, value: Callable[[Operator], float], whole: float) -> Sum:
         """A cost of all layers as a share of `whole`; what the layers do not explain of it is a constant.
@@ -170,18 +174,33 @@ class Candidates:
 
     def error(self) -> Sum:
         """The total relative error of all layers, exact for each layer, added over layers (OBC's independence)."""
-        factors: list[Factor] = []
+        factors = self._own_errors()
         for layer in self.graph.layers:
-            sites = [number for number in self._touching(layer) if self._reads(self.sites[number], layer)]
-            if sites and layer.node in self.statistics:
+            sites = [number for number in self._touching(layer) if self._matters(self.sites[number], layer)]
+            if layer.node in self.statistics and any(self.sites[number].branch is None for number in sites):
                 factors += self._factors(layer, sites, lambda cuts, layer=layer: self._layer_error(layer, cuts))  # type: ignore[misc]
         return Sum(0.0, tuple(factors + self._uncalibrated(factors)))
+
+    def _own_errors(self) -> list[Factor]:
+        """The estimates of patterns that have their own."""
+        errors = {n: [draft.error for draft in self.drafts[site.name]] for n, site in enumerate(self.sites)}
+        return [
+            Factor((n,), np.array([error or 0.0 for error in own]))
+            for n, own in errors.items()
+            if any(error is not None for error in own)
+        ]
+
+    def _matters(self, site: Site, layer: Layer) -> bool:
+        """Whether the layer's own error depends on the site: what it reads is cut, or it may be dropped."""
+        return site.branch is not None or self._reads(site, layer)
 
     def _reads(self, site: Site, layer: Layer) -> bool:
         dense = layer.groups is None
         return site.kind == "kernel" or (dense and site.atom in layer.inputs.atoms())
 
     def _layer_error(self, layer: Layer, cuts: Cuts) -> float:
+        if cuts.drops(layer):  # what the branch was worth is the branch's own error
+            return 0.0
         moments = self.statistics[layer.node]
         if layer.node in cuts.mixes:
             return self._mixture_error(layer, cuts)

@@ -1,4 +1,4 @@
-"""What a plan cuts: kept indices of atoms and kept windows of kernels, with nothing about patterns left in it."""
+"""What a plan cuts: kept indices of atoms, kept windows of kernels, dropped branches; nothing of patterns is left."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,21 +9,23 @@ import numpy as np
 
 from graphprune.axes import Indices
 from graphprune.errors import InputError
-from graphprune.graph import Layer, ModelGraph, Window
-from graphprune.operators import Convolution, Mixture, Operator
+from graphprune.graph import Branch, Layer, ModelGraph, Window
+from graphprune.operators import Absent, Convolution, Mixture, Operator
 from graphprune.plan import Choice, Plan
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """`keep`: atom -> the indices that stay; `windows`: node of a convolution -> the window of its kernel.
+    """What is cut, wherever it was decided.
 
-    `mixes`: node of a convolution -> a window for each of its dense filters; `order`: atom -> all its indices in the
-    order that puts filters of one window side by side.
+    `keep`: atom -> the indices that stay; `windows`: node of a convolution -> the window of its kernel; `dropped`: the
+    residual branches that go as a whole, whatever else is cut in them; `mixes`: node of a convolution -> a window for
+    each of its dense filters; `order`: atom -> all its indices, so ordered that filters of one window stand together.
     """
 
     keep: Mapping[int, Indices] = field(default_factory=dict)
     windows: Mapping[str, Window] = field(default_factory=dict)
+    dropped: tuple[Branch, ...] = ()
     mixes: Mapping[str, tuple[Window, ...]] = field(default_factory=dict)
     order: Mapping[int, Indices] = field(default_factory=dict)
 
@@ -41,6 +43,10 @@ class Cuts:
         """How many indices of each cut atom stay."""
         return {atom: len(indices) for atom, indices in self.keep.items()}
 
+    def drops(self, layer: Layer) -> bool:
+        """Whether the layer is inside a branch that goes."""
+        return any(layer.node in branch.inside for branch in self.dropped)
+
     def runs(self, layer: Layer) -> list[tuple[Window, int]]:
         """The windows of a mixed convolution, and how many of its kept filters in a row have each."""
         windows = self.mixes[layer.node]
@@ -50,6 +56,8 @@ class Cuts:
 
     def operator(self, layer: Layer) -> Operator:
         """The operator that a layer becomes."""
+        if self.drops(layer):
+            return Absent()
         whole = layer.after(self.sizes, self.windows.get(layer.node))
         if layer.node not in self.mixes:
             return whole
@@ -61,9 +69,11 @@ def join(*cuts: Cuts) -> Cuts:
     """Several cuts at different sites as one."""
     keep = {atom: indices for cut in cuts for atom, indices in cut.keep.items()}
     windows = {node: window for cut in cuts for node, window in cut.windows.items()}
-    mixes = {node: mix for cut in cuts for node, mix in cut.mixes.items()}
+    dropped = tuple(dict.fromkeys(branch for cut in cuts for branch in cut.dropped))
+    gone = frozenset().union(*(branch.inside for branch in dropped))  # which has no other change
+    mixes = {node: mix for cut in cuts for node, mix in cut.mixes.items() if node not in gone}
     order = {atom: indices for cut in cuts for atom, indices in cut.order.items()}
-    return Cuts(keep, windows, mixes, order)
+    return Cuts(keep, windows, dropped, mixes, order)
 
 
 def resolve(graph: ModelGraph, plan: Plan) -> Cuts:
@@ -82,6 +92,8 @@ def _resolve_choice(graph: ModelGraph, choice: Choice) -> Cuts:
     chosen = pattern(choice.pattern)
     if site.kind not in chosen.kinds:
         raise InputError(f"the pattern {choice.pattern!r} does not apply at {site.name!r}, of kind {site.kind!r}")
-    if max(choice.keep) >= chosen.units(site):
+    if not choice.keep and site.branch is None:
+        raise InputError(f"the choice at {site.name!r} must keep at least one unit")
+    if max(choice.keep, default=-1) >= chosen.units(site):
         raise InputError(f"{site.name!r} has {chosen.units(site)} units, the plan keeps number {max(choice.keep)}")
     return chosen.rewrite(site, choice.keep)

@@ -40,9 +40,14 @@ class Workbench:
     attributes: tuple[tuple[str, str], ...] = ()
 
     def probe(self, cuts: Cuts) -> None:
-        """Find how this model is cut, by a cut that touches everything that candidates may touch."""
-        outcome = perform(self.model, self.graph, cuts)
+        """Find how this model is cut, by a cut that touches everything that candidates may touch.
+
+        Branches are dropped apart from the other cuts, since those inside them would not show.
+        """
+        outcome = perform(self.model, self.graph, replace(cuts, dropped=()))
         self.own_class, self.attributes = outcome.own_class, outcome.attributes
+        if cuts.dropped and self.own_class:
+            self.own_class = perform(self.model, self.graph, Cuts(dropped=cuts.dropped)).own_class
 
     def cut(self, cuts: Cuts) -> nn.Module:
         """A cut copy with the sliced weights."""

@@ -1,15 +1,16 @@
 """Cutting the exported graph: its parameters are sliced and its literals rewritten by the rule table."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from graphprune.axes import Form
+from graphprune.branches import gone_parameters, outermost
 from graphprune.cuts import Cuts
-from graphprune.graph import ModelGraph
+from graphprune.graph import Branch, ModelGraph
 from graphprune.rules import RULES
 from graphprune.tracing import operator_name, owner_path, state_of
 from graphprune.window import mixed, padded_conv2d, window_padding
@@ -29,7 +30,10 @@ def _changes(graph: ModelGraph, cuts: Cuts) -> Iterator[tuple[fx.Node, str, Any,
     def size(form: Form) -> int:
         return form.kept_size(sizes)
 
+    vanished = {name for branch in cuts.dropped for name in branch.inside}
     for call in graph.calls.values():
+        if call.node.name in vanished:
+            continue
         rule = RULES.get(operator_name(call.node))
         if rule is None or rule.literals is None:
             continue
@@ -56,9 +60,29 @@ def cut_program(graph: ModelGraph, cuts: Cuts, model: nn.Module) -> nn.Module:
     _load_cut(module, graph, cuts, model)
     for name in cuts.mixes:
         _mix_kernels(module, nodes[name], graph, cuts)
+    _drop(module, cuts.dropped)
     module.graph.lint()
     module.recompile()
+    for name in gone_parameters(graph, cuts.dropped):
+        path, _, leaf = name.rpartition(".")
+        delattr(module.get_submodule(path), leaf)
     return module.eval()
+
+
+def _drop(module: fx.GraphModule, branches: Sequence[Branch]) -> None:
+    """Put each branch's skip in the place of the sum, and erase the branch, operators in place included."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    position = {name: number for number, name in enumerate(nodes)}
+    for branch in sorted(outermost(branches), key=lambda branch: -position[branch.node]):
+        addition, kept = nodes[branch.node], nodes[branch.skip]
+        if any(user.name not in branch.inside and user is not addition for user in kept.users):
+            with module.graph.inserting_before(addition):  # the sum was a tensor of its own, to be written to
+                kept = module.graph.call_function(torch.ops.aten.clone.default, (kept,))
+        addition.replace_all_uses_with(kept)
+    vanished = {name for branch in branches for name in (branch.node, *branch.inside)}
+    for node in reversed(list(module.graph.nodes)):
+        if node.name in vanished or (vanished and node.op == "get_attr" and not node.users):
+            module.graph.erase_node(node)
 
 
 def plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from graphprune.errors import InputError, StepError
 from graphprune.fold import fold_pads
 from graphprune.spread import spread
+from graphprune.zeros import drop_zeros
 
 _LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 
@@ -98,6 +99,7 @@ def convert(request: Request, routes: Sequence[Callable[[Request], ir.Model]]) -
                 converted = route(request)
                 fold_pads(converted)
                 spread(converted)
+                drop_zeros(converted)
             forget_source(converted)
             return converted
         except Exception as error:  # exporters raise anything, from TypeError to errors of their own

@@ -116,7 +116,15 @@ class Attention:
         return 0
 
 
-Operator = Convolution | Mixture | Linear | Attention
+@dataclass(frozen=True)
+class Absent:
+    """A layer that is not there any more, because the branch it was in is dropped: it costs nothing."""
+
+    flops: int = 0
+    parameters: int = 0
+
+
+Operator = Convolution | Mixture | Linear | Attention | Absent
 
 
 def key(operator: Operator) -> str:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from graphprune.calibration import Statistics
 from graphprune.cuts import Cuts
 from graphprune.graph import ModelGraph, Site, Window
 from graphprune.profile import Profile
@@ -17,7 +18,7 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Level:
-    """How much a pattern cuts: `count` units stay. `keep` names them where the pattern's geometry fixes them."""
+    """How much a pattern cuts: `count` units stay (none of a branch); `keep` names them where the geometry does."""
 
     name: str
     count: int
@@ -64,6 +65,10 @@ class Pattern(ABC):
             return level.keep
         best = np.argsort(-scores, kind="stable")[: level.count]
         return tuple(sorted(int(index) for index in best))
+
+    def error(self, site: Site, keep: tuple[int, ...], statistics: Statistics) -> float | None:
+        """A relative error of the pattern's own; None where the layers that read what is cut tell all of it."""
+        return None
 
     def legal(self, graph: ModelGraph, site: Site, profile: Profile) -> tuple[Level, ...]:
         """The levels whose measured gain on the site's layers exceeds the noise."""

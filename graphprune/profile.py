@@ -9,7 +9,7 @@ from statistics import median
 
 from graphprune.engines.base import Engine, Timing
 from graphprune.microbench import METHOD
-from graphprune.operators import Convolution, Operator, key
+from graphprune.operators import Absent, Convolution, Operator, key
 from graphprune.passes import PASSES, REFERENCES, Samples, lots, measure_lot
 from graphprune.timings import TimingFile, default_cache_path
 
@@ -18,6 +18,9 @@ Progress = Callable[[int, int], None]
 
 LEAST_NOISE = 0.005
 """Standard deviation of a time's logarithm that is assumed even where the passes agree by chance."""
+
+MOST_GAIN = 100.0
+"""The gain that is stated where next to nothing is left: finite, so that it has a logarithm and fits into JSON."""
 
 BLOCKS = (16, 8, 4)
 BLOCK_WIDTHS = tuple(range(32, 68, 4))
@@ -31,13 +34,13 @@ class Profile:
 
     Times are stated for the speed that the machine had when it was first profiled, so that operators measured at
     different moments compare. An operator that the engine cannot run has a Timing with an error, NaN seconds, and
-    never a gain.
+    never a gain. A layer that is gone takes no time, and no engine is asked.
     """
 
     engine: Engine
     cache: Path = field(default_factory=default_cache_path)
     _samples: dict[str, Samples] = field(default_factory=dict, repr=False)
-    _timings: dict[Operator, Timing] = field(default_factory=dict, repr=False)
+    _timings: dict[Operator, Timing] = field(default_factory=lambda: {Absent(): Timing((0.0,))}, repr=False)
 
     def timing(self, operator: Operator) -> Timing:
         """Samples in seconds per execution, one for each pass (see `graphprune.passes`); measured now if need be."""
@@ -50,11 +53,12 @@ class Profile:
         return self.timing(operator).median
 
     def gain(self, dense: Iterable[Operator], cut: Iterable[Operator]) -> float:
-        """Time of the dense operators / time of those that replace them: above 1 is faster, infinite for none."""
+        """Time of the dense operators / time of those that replace them: above 1 is faster, at most `MOST_GAIN`."""
         before, after = list(dense), list(cut)
         self.fill([*before, *after])
         cost = sum(map(self.seconds, after))
-        return sum(map(self.seconds, before)) / cost if after else math.inf
+        whole = sum(map(self.seconds, before))
+        return min(whole / cost, MOST_GAIN) if cost else MOST_GAIN
 
     def beyond_noise(self, dense: Iterable[Operator], cut: Iterable[Operator]) -> bool:
         """Whether the gain exceeds what two measurements of the same thing differ by (95 %, one-sided)."""

@@ -111,6 +111,7 @@ class Solver(fx.Interpreter):
         self.reference = reference
         self.pull = pull
         self.touched = False
+        self.behind = _behind(graph, cuts)
         attributes = [node for node in self.module.graph.nodes if node.op == "get_attr"]  # type: ignore[union-attr]
         self.uses: Counter[int] = Counter()
         for node in attributes:
@@ -118,6 +119,7 @@ class Solver(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         layer = self.layers.get(n.name)
+        self.touched = self.touched or n.name in self.behind
         if layer is not None:
             self.touched = self.touched or self.cuts.operator(layer) != layer.operator
             if self.touched:
@@ -170,6 +172,13 @@ class Solver(fx.Interpreter):
         arguments, _ = self.fetch_args_kwargs_from_env(node)
         source, weight, bias, mean, variance, _, _, epsilon = arguments[:8]
         return functional.batch_norm(source, mean, variance, weight, bias, training=True, momentum=1.0, eps=epsilon)
+
+
+def _behind(graph: ModelGraph, cuts: Cuts) -> set[str]:
+    """The nodes after the first sum that has lost a branch: what they read is not what it was."""
+    names = [node.name for node in graph.exported.graph.nodes]
+    first = min((names.index(branch.node) for branch in cuts.dropped), default=len(names))
+    return set(names[first + 1 :])
 
 
 def least_squares(

@@ -8,11 +8,13 @@ no attribute reaches, the exported graph itself, with its literals rewritten, is
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from graphprune.branches import gone_parameters, outermost
 from graphprune.cuts import Cuts, resolve
 from graphprune.errors import StepError
 from graphprune.exported import cut_program, literal_changes
@@ -20,6 +22,7 @@ from graphprune.graph import ModelGraph
 from graphprune.plan import Plan
 from graphprune.tracing import copied, first_line, state_of, trace
 from graphprune.window import mixed, windowed
+from graphprune.zeros import Zero
 
 TOLERANCE = 100
 """How far the module may be from the exported graph: so many rounding steps of the largest output. Both compute the
@@ -135,6 +138,7 @@ def cut_module(
         conv = pruned.get_submodule(layer.module)
         pruned.set_submodule(layer.module, mixed(conv, cuts.runs(layer)))  # type: ignore[arg-type]
     _follow_literals(pruned, graph, cuts, frozenset(attributes))
+    _drop_branches(pruned, graph, cuts)
     return _with_modes_of(model, pruned)
 
 
@@ -190,6 +194,20 @@ def _follow_literals(pruned: nn.Module, graph: ModelGraph, cuts: Cuts, attribute
             for attribute, value in original.items():
                 if (type(module).__name__, attribute) in attributes and _holds(value, old):
                     setattr(module, attribute, new)
+
+
+def _drop_branches(pruned: nn.Module, graph: ModelGraph, cuts: Cuts) -> None:
+    """Nothing is left of a branch but zeros; parameters that other modules hold for it become None."""
+    for branch in outermost(cuts.dropped):
+        for path in branch.modules:
+            pruned.set_submodule(path, Zero())
+    for name in gone_parameters(graph, cuts.dropped):
+        path, _, attribute = name.rpartition(".")
+        with suppress(AttributeError):  # gone already, with the module that held it
+            owner = pruned.get_submodule(path)
+            store = owner._parameters if attribute in owner._parameters else owner._buffers
+            if attribute in store:
+                store[attribute] = None
 
 
 def _as_tuple(value: object) -> object:

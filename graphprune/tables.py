@@ -10,7 +10,7 @@ from typing import Any, overload
 from graphprune.cases import Case, cases, legal_cases, operators
 from graphprune.graph import Group, ModelGraph
 from graphprune.pattern import Pattern
-from graphprune.profile import Profile
+from graphprune.profile import MOST_GAIN, Profile
 from graphprune.registry import patterns
 
 WIDTH = 120
@@ -143,7 +143,7 @@ class SiteTable(Sequence[SiteRow]):
         site = self.graph.site[row.name]
         block = self.profile.block if self.profile else BLOCK
         if not _patterns(site.kind):
-            return f"no pattern cuts a {site.kind}"
+            return "no pattern cuts it"
         possible = any(pattern.levels(site, block) for pattern in _patterns(site.kind))
         if possible:
             return "nothing gains beyond noise"
@@ -180,7 +180,7 @@ def _status(group: Group) -> str:
     if group.frozen:
         return f"no: {'; '.join(_without_place(reason, group.name) for reason in group.frozen)}"
     names = [pattern.name for pattern in _patterns(group.kind)]
-    return f"yes: {', '.join(names)}" if names else f"no pattern cuts a {group.kind}"
+    return f"yes: {', '.join(names)}" if names else "no pattern cuts it"
 
 
 def _without_place(reason: str, name: str) -> str:
@@ -209,9 +209,13 @@ def _summary(levels: Iterable[SiteLevel]) -> str:
         members = list(same)
         name = members[0].level if len(members) == 1 else shape
         gains = sorted(level.gain for level in members if level.gain is not None)
-        ends = list(dict.fromkeys(f"{gain:.2f}" for gain in (*gains[:1], *gains[-1:])))
+        ends = list(dict.fromkeys(map(_factor, (*gains[:1], *gains[-1:]))))
         parts.append((f"{name}: {'-'.join(ends)}x" if ends else name).replace(" ", SOLID))
     return ", ".join(parts)
+
+
+def _factor(gain: float) -> str:
+    return f"{gain:.2f}" if gain < MOST_GAIN else f"over {MOST_GAIN:.0f}"
 
 
 def _reach(graph: ModelGraph, nodes: set[str]) -> str:

@@ -11,9 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 from graphprune.engines.base import Model, Timing
 from graphprune.engines.fake import SECONDS_PER_NODE, SECONDS_PER_PRODUCT, FakeEngine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
-from graphprune.operators import Convolution, Linear, Operator, key
+from graphprune.operators import Absent, Convolution, Linear, Operator, key
 from graphprune.passes import LOT_OPERATORS, MOST_PASSES, PASSES, REFERENCES, lots
-from graphprune.profile import BLOCK_OPERATORS, LEAST_NOISE, Profile
+from graphprune.profile import BLOCK_OPERATORS, LEAST_NOISE, MOST_GAIN, Profile
 
 DENSE = Convolution(1, 32, 32, 16, 16, (3, 3), padding=(1, 1, 1, 1), stride=(2, 2))
 HALF = Convolution(1, 32, 16, 16, 16, (3, 3), padding=(1, 1, 1, 1), stride=(2, 2))
@@ -53,7 +53,9 @@ def test_times_and_gains_are_exact(cache: Path) -> None:
     for operator in (DENSE, HALF, ROW):
         assert profile.seconds(operator) == pytest.approx(exact(operator), rel=1e-9)
     assert profile.gain([DENSE, DENSE], [HALF, ROW]) == pytest.approx(2 * exact(DENSE) / (exact(HALF) + exact(ROW)))
-    assert profile.gain([DENSE], []) == math.inf
+    assert profile.gain([DENSE], []) == MOST_GAIN
+    assert profile.gain([DENSE], [Absent()]) == MOST_GAIN
+    assert (profile.timing(Absent()).samples, profile.seconds(Absent())) == ((0.0,), 0.0)
     assert profile.timing(DENSE).samples == pytest.approx((exact(DENSE),) * PASSES)
 
 

@@ -75,7 +75,7 @@ def half(graph: ModelGraph, kinds: tuple[str, ...] = ("channels", "heads", "hidd
     for site in graph.all_sites:
         if site.kind == "kernel" and site.kind in kinds and site.size == 9:
             cuts.append(pattern("kernel").rewrite(site, (0, 1, 3, 4, 6, 7)))
-        elif site.kind != "kernel" and site.kind in kinds:
+        elif site.kind not in ("kernel", "block") and site.kind in kinds:
             cuts.append(Cuts(keep={site.atom: np.arange(0, site.size, 2)}))
     return join(*cuts)
 
@@ -96,7 +96,9 @@ def distance(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", ["conv", "vit"])
 def test_a_cut_of_nothing_changes_nothing(name: str) -> None:
     model, graph, _, reference = built(name)
-    whole = Cuts(keep={site.atom: np.arange(site.size) for site in graph.all_sites if site.kind != "kernel"})
+    whole = Cuts(
+        keep={site.atom: np.arange(site.size) for site in graph.all_sites if site.kind not in ("kernel", "block")}
+    )
     for cuts in (Cuts(), whole):
         pruned = copy.deepcopy(model)
         repair(pruned, model, graph, cuts, reference)
@@ -179,7 +181,7 @@ def test_tied_weights_are_not_made_worse() -> None:
     model = scramble(Tied(), dtype=torch.float32)
     x = many_tokens()
     graph = trace(model, x[:2])
-    sites = [site for site in graph.all_sites if site.kind != "kernel"]
+    sites = [site for site in graph.all_sites if site.kind not in ("kernel", "block")]
     assert sites
     cuts = join(*(Cuts(keep={site.atom: np.arange(site.size - 2)}) for site in sites))
     pruned = perform(model, graph, cuts).model

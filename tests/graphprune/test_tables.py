@@ -15,6 +15,7 @@ from graphprune.profile import Profile
 from graphprune.registry import pattern
 from graphprune.tables import WIDTH
 from graphprune.tracing import trace
+from tests.graphprune.networks import Attention, tokens
 
 
 class Small(nn.Module):
@@ -83,15 +84,24 @@ def test_obvious_groups_are_counted_not_shown(graph: ModelGraph) -> None:
     assert shown == {group.name for group in graph.all_groups if group not in obvious}
 
 
+class Beside(nn.Module):
+    """An MLP, and a layer beside it of which nothing can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.beside = nn.Linear(12, 64), nn.Linear(64, 5), nn.Linear(12, 20)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.down(torch.relu(self.up(x))), self.beside(x)
+
+
 def test_share_of_what_can_be_cut(vit: ModelGraph) -> None:
-    block = {f"blocks.0.{name}" for name in ("attn.qkv", "attn", "attn.proj", "mlp.fc1", "mlp.fc2")}
-    layers = [layer.operator for layer in vit.layers if layer.module in block]
-    flops = sum(operator.flops for operator in layers) / vit.flops
-    weights = sum(operator.parameters for operator in layers) / vit.parameter_count
-    ending = f"layers with {flops:.0%} of the FLOPs and {weights:.0%} of the weights"
-    assert str(vit.groups()).endswith(f"groups that can be cut reach {ending}")
-    assert str(vit.sites()).endswith(f"sites with a choice reach {ending}")
-    assert 0.5 < flops < 1
+    graph = trace(Beside(), torch.zeros(2, 12))
+    share = f"{64 * 17 / (64 * 17 + 12 * 20):.0%}"
+    ending = f"layers with {share} of the FLOPs and {share} of the weights"
+    assert str(graph.groups()).endswith(f"groups that can be cut reach {ending}")
+    assert str(graph.sites()).endswith(f"sites with a choice reach {ending}")
+    assert str(vit.groups()).endswith("layers with 100% of the FLOPs and 100% of the weights")
 
 
 def test_site_rows_without_a_profile_are_the_structural_levels(graph: ModelGraph) -> None:
@@ -135,7 +145,8 @@ def test_everything_is_measured_together(graph: ModelGraph, profile: Profile, mo
 
 
 def test_reasons_for_an_empty_site(vit: ModelGraph, graph: ModelGraph, profile: Profile) -> None:
-    assert line(str(vit.sites()), "patch_embed.proj#1/width").endswith("no pattern cuts a width")
+    explicit = trace(Attention(fused_weights=True, fused_product=False), tokens())
+    assert line(str(explicit.sites()), "weights.qkv#2/other").endswith("no pattern cuts it")
     single = trace(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)), torch.zeros(2, 3, 8, 8))
     assert line(str(single.sites(profile)), "0/channels").endswith("too small for a level (blocks of 16)")
 
