@@ -25,7 +25,7 @@ from graphprune.drawing import draw
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.evaluation import Workbench
 from graphprune.export import export_onnx, onnx_bytes
-from graphprune.exported import cut_program
+from graphprune.exported import cut_program, literal_changes
 from graphprune.graph import ModelGraph, Site
 from graphprune.operators import Absent
 from graphprune.plan import Choice, Plan
@@ -220,6 +220,8 @@ def test_dropping_wins_over_what_else_is_cut_inside() -> None:
     for others in ((heads,), (hidden,), (heads, hidden, narrow)):
         both = checked(built("vit"), removing(graph, attention, mlp, others=others)).model
         assert count(both, built("vit")[2]).flops < count(built("vit")[0], built("vit")[2]).flops
+    assert not list(literal_changes(graph, resolve(graph, removing(graph, attention, others=(heads,)))))
+    assert list(literal_changes(graph, resolve(graph, removing(graph, mlp, others=(heads,)))))
     _, graph, _ = built("squeezed")
     site = branch_sites(graph)[0]
     kernel = Choice("1.two.0/kernel", "kernel", "3x1", (1, 4, 7))
