@@ -170,7 +170,7 @@ class Candidates:
                 continue
             for factor in self._factors(layer, sites, lambda cuts, layer=layer: _cost(layer, cuts, value)):  # type: ignore[misc]
                 factors.append(Factor(factor.sites, np.nan_to_num(factor.table * scale, nan=np.inf, posinf=np.inf)))
-        return Sum(float(constant), tuple(factors))
+        return _sum(float(constant), factors)
 
     def error(self) -> Sum:
         """The total relative error of all layers, exact for each layer, added over layers (OBC's independence)."""
@@ -179,7 +179,7 @@ class Candidates:
             sites = [number for number in self._touching(layer) if self._matters(self.sites[number], layer)]
             if layer.node in self.statistics and any(self.sites[number].branch is None for number in sites):
                 factors += self._factors(layer, sites, lambda cuts, layer=layer: self._layer_error(layer, cuts))  # type: ignore[misc]
-        return Sum(0.0, tuple(factors + self._uncalibrated(factors)))
+        return _sum(0.0, factors + self._uncalibrated(factors))
 
     def _own_errors(self) -> list[Factor]:
         """The estimates of patterns that have their own."""
@@ -245,6 +245,12 @@ class Candidates:
                 )
             result.append(Decision(site.name, site.kind, nodes[site.node], tuple(options)))
         return tuple(result)
+
+
+def _sum(constant: float, factors: Sequence[Factor]) -> Sum:
+    """A sum in which what depends on no site is in the constant."""
+    fixed = sum(float(factor.table) for factor in factors if not factor.sites)
+    return Sum(constant + fixed, tuple(factor for factor in factors if factor.sites))
 
 
 def _offered(layer: Layer, cuts: Cuts) -> bool:

@@ -126,10 +126,11 @@ def _mix_kernels(module: fx.GraphModule, node: fx.Node, graph: ModelGraph, cuts:
     layer, call = graph.layer[node.name], graph.calls[node.name]
     path = layer.weight.rpartition(".")[0]
     held = module.get_submodule(path)
-    outputs, inputs, *kernel = held.weight.shape
+    weight: torch.Tensor = held.weight  # type: ignore[assignment]
+    outputs, inputs, *kernel = weight.shape
     stride, padding, dilation = (_pair(call[name]) for name in ("stride", "padding", "dilation"))
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False, device="meta")  # type: ignore[arg-type]
-    conv.weight, conv.bias = held.weight, getattr(held, "bias", None)  # type: ignore[assignment]
+    conv.weight, conv.bias = weight, getattr(held, "bias", None)  # type: ignore[assignment]
     source, *attributes = node.all_input_nodes
     with module.graph.inserting_before(node):
         replacement = module.graph.call_module(path, (source,))

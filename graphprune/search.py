@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ from graphprune.task import Task
 from graphprune.tracing import trace
 from graphprune.views import graph_view
 
+if TYPE_CHECKING:
+    from graphprune.agents.base import Agent
+
 Progress = Callable[[str, int, int, str], None]
 """Called with the stage, the steps done, their number, and a note such as the best result so far."""
 PROBES = 5
@@ -62,7 +66,7 @@ def search(  # noqa: PLR0913 - the public entry: what is searched, for what, by 
     model: nn.Module | str,
     task: Task,
     target: Target,
-    agent: str = "autosculpt",
+    agent: "str | Agent" = "autosculpt",
     trials: int = 200,
     seed: int = 0,
     *,
@@ -74,23 +78,23 @@ def search(  # noqa: PLR0913 - the public entry: what is searched, for what, by 
 ) -> Result:
     """Find the most accurate pruned model that meets the target, with at most `trials` evaluations by each agent.
 
-    `model` is a module or a spec string. `engine` (ONNX Runtime, one thread) is what latency means. `study` is an
-    SQLite file or a storage URL: a killed search that is started again with the same arguments goes on where it was.
-    `rivals` names agents that get the same problem for comparison. `patterns` names those that may be used; None is
-    all of them. Never fine-tunes. Raises InputError for input that
-    cannot be used, TargetError, with the best that can be reached, where no plan meets the target.
+    `model` is a module or a spec string; `agent` a name, or an agent of your own (one with a loaded policy, say).
+    `engine` (ONNX Runtime, one thread) is what latency means. `study` is an SQLite file or a storage URL: a killed
+    search that is started again with the same arguments goes on where it was. `rivals` names agents that get the same
+    problem for comparison, `patterns` those that may be used; None is all of them. Never fine-tunes. Raises InputError
+    for input that cannot be used, TargetError, with the best that can be reached, where no plan meets the target.
     """
     if trials < 1:
         raise InputError(f"a search needs at least one trial, not {trials}")
-    for name in (agent, *rivals):
-        create_agent(name)
+    searcher = create_agent(agent) if isinstance(agent, str) else agent
+    others = [create_agent(name) for name in rivals]
     allowed = chosen_patterns(patterns)
     spec, module = (model, models.create(model)) if isinstance(model, str) else ("", model)
     session = _Session.prepare(module, task, target, engine or OnnxRuntimeEngine(), allowed, study, progress or _quiet)
-    problem = session.solve(agent, trials, seed)
-    result = session.verify(problem, agent, seed)
-    others = {name: session.verify(session.solve(name, trials, seed), name, seed).record for name in rivals}
-    return replace(result, spec=spec, rivals=others, study="" if study is None else str(study))
+    problem = session.solve(searcher, trials, seed)
+    result = session.verify(problem, searcher.name, seed)
+    records = {one.name: session.verify(session.solve(one, trials, seed), one.name, seed).record for one in others}
+    return replace(result, spec=spec, rivals=records, study="" if study is None else str(study))
 
 
 @dataclass
@@ -215,17 +219,17 @@ class _Session:
 
     # --- search and verification -----------------------------------------------------------------------------------
 
-    def solve(self, agent: str, trials: int, seed: int) -> Problem:
+    def solve(self, agent: "Agent", trials: int, seed: int) -> Problem:
         """Run one agent; its records are in the problem."""
         problem = self.problem(trials, self._aims())
-        evaluator = self._evaluator(problem, agent, seed)
-        evaluator.listener = lambda record: self._report(problem, agent)
+        evaluator = self._evaluator(problem, agent.name, seed)
+        evaluator.listener = lambda record: self._report(problem, agent.name)
         problem.evaluator = evaluator
         with suppress(BudgetSpent):
-            create_agent(agent).run(problem, np.random.default_rng(seed))
+            agent.run(problem, np.random.default_rng(seed))
         if not any(record.accuracy is not None for record in problem.records):
             reasons = sorted({record.error for record in problem.records if record.error}) or ["none was tried"]
-            raise StepError(f"no candidate of {agent} could be evaluated: {'; '.join(reasons)}")
+            raise StepError(f"no candidate of {agent.name} could be evaluated: {'; '.join(reasons)}")
         return problem
 
     def _report(self, problem: Problem, agent: str) -> None:
