@@ -18,6 +18,7 @@ from graphprune.cuts import Cuts
 from graphprune.graph import Layer, ModelGraph
 from graphprune.operators import Convolution, Operator
 from graphprune.problem import Sum
+from graphprune.registry import patterns
 from graphprune.surgery import perform
 from graphprune.tracing import trace
 from tests.graphprune.networks import ChannelShuffle, conv_bn
@@ -225,7 +226,9 @@ def test_large_tables_fall_apart_into_sites(monkeypatch: pytest.MonkeyPatch) -> 
             whole.cost(lambda o: o.flops, count(model, x).flops),
         ),
     ]]  # fmt: skip
-    assert all(len(factor.sites) == 1 for total, _ in sums for factor in total.factors), "no table of several sites"
+    factors = [factor for total, _ in sums for factor in total.factors]
+    assert all(len(factor.sites) == 1 or factor.table.size <= 8 for factor in factors), "no large table"
+    assert any(len(factor.sites) == 1 for factor in factors)
     zero = [0] * len(apart.sites)
     for total, exact in sums:
         assert total(zero) == pytest.approx(exact(zero), abs=1e-12)
@@ -325,11 +328,12 @@ def test_decisions() -> None:
         for index, option in enumerate(others, start=1):
             cut = sum(made.drafts[site.name][index].cuts.operator(layer).flops for layer in layers)
             assert option.gain == pytest.approx(sum(layer.operator.flops for layer in layers) / cut)
-            assert option.kept_share == len(option.keep) / site.size < 1
+            units = patterns()[option.pattern].units(site)
+            assert option.kept_share == len(option.keep) / units < 1
             assert option.error == error([*zero[:number], index, *zero[number + 1 :]])
             assert bool(option.geometry) == (site.kind == "kernel")
     by_name = {decision.site: decision for decision in decisions}
-    bits = {option.level: "".join(map(str, option.geometry)) for option in by_name["3/kernel"].options}
+    bits = {option.level: "".join(f"{bit:.0f}" for bit in option.geometry) for option in by_name["3/kernel"].options}
     assert bits["2x2 top left"] == "110110000"
     assert bits["1x3 bottom"] == "000000111"
     assert bits["dense"] == "111111111"

@@ -490,10 +490,9 @@ def test_the_budget_holds_in_a_fresh_process_on_the_real_engine(
 ) -> None:
     """Invariant 4. Timings of a busy machine vary, so the bounds are wide; half the channels save about half."""
     monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(module, "patterns", lambda: {"filter": patterns()["filter"]})
     engine, limit = OnnxRuntimeEngine(), 0.85
     try:
-        result = search(fitted(), task(), Target(latency=limit), "dp", 2, engine=engine)
+        result = search(fitted(), task(), Target(latency=limit), "dp", 2, engine=engine, patterns=("filter",))
     except TargetError:
         pytest.skip("the machine is too busy: half the channels measure no faster")
     assert result.record.measured is not None

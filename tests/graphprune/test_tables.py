@@ -109,7 +109,8 @@ def test_site_rows_without_a_profile_are_the_structural_levels(graph: ModelGraph
     assert list(rows) == [site.name for site in graph.all_sites]
     levels = [(level.pattern, level.level, level.count, level.gain) for level in rows["inner/channels"].levels]
     assert levels == [("filter", f"{count} of 64", count, None) for count in (48, 32, 16)]
-    kernel = pattern("kernel").levels(graph.site["inner/kernel"], 16)
+    names = ("kernel", "kernel-mix")
+    kernel = [level for name in names for level in pattern(name).levels(graph.site["inner/kernel"], 16)]
     assert [level.level for level in rows["inner/kernel"].levels] == [level.name for level in kernel]
 
 
@@ -117,9 +118,9 @@ def test_site_rows_with_a_profile_are_the_legal_levels_with_their_gain(graph: Mo
     rows = {row.name: row for row in graph.sites(profile)}
     for site in graph.all_sites:
         expected = {}
-        for name in ("filter", "kernel"):
+        for name in ("filter", "kernel", "kernel-mix", "block"):
             for level in pattern(name).legal(graph, site, profile):
-                cuts = pattern(name).rewrite(site, level.keep or tuple(range(level.count)))
+                cuts = pattern(name).rewrite(site, pattern(name).sample(site, level))
                 layers = [graph.layer[node] for node in site.layers]
                 dense = sum(profile.seconds(layer.operator) for layer in layers)
                 cut = sum(profile.seconds(cuts.operator(layer)) for layer in layers)
@@ -152,9 +153,10 @@ def test_reasons_for_an_empty_site(vit: ModelGraph, graph: ModelGraph, profile: 
 
 
 def test_printed_levels(graph: ModelGraph, profile: Profile) -> None:
-    assert line(str(graph.sites()), "inner/channels").endswith("filter   48 of 64, 32 of 64, 16 of 64")
-    kernel = line(str(graph.sites()), "inner/kernel")
-    assert kernel.endswith("3x2, 2x3, 2x2, 3x1, 1x3, 1x1 centre")
+    assert line(str(graph.sites()), "inner/channels").endswith("48 of 64, 32 of 64, 16 of 64")
+    kernel, mixed = (row for row in str(graph.sites()).splitlines() if row.startswith("inner/kernel"))
+    assert kernel.endswith("3x2, 2x3, 2x2, 3x1, 1x3, 1x1")
+    assert mixed.endswith("3x3 3x3 3x1 1x3, 3x2 2x3 each side, 2x2 each corner, 3x1 1x3")
     row = next(row for row in graph.sites(profile) if row.name == "inner/channels")
     printed = ", ".join(f"{level.level}: {level.gain:.2f}x" for level in row.levels)
     assert line(str(graph.sites(profile)), "inner/channels").endswith(printed)
