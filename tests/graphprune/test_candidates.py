@@ -337,7 +337,7 @@ def test_decisions() -> None:
     assert bits["2x2 top left"] == "110110000"
     assert bits["1x3 bottom"] == "000000111"
     assert bits["dense"] == "111111111"
-    larger = {option.level: "".join(map(str, option.geometry)) for option in by_name["5/kernel"].options}
+    larger = {option.level: "".join(f"{bit:.0f}" for bit in option.geometry) for option in by_name["5/kernel"].options}
     assert larger == {
         "dense": "111111111", "3x3 centre": "000010000", "5x1 centre": "010010010", "1x5 middle": "000111000",
     }  # fmt: skip
