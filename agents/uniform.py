@@ -6,7 +6,7 @@ import numpy as np
 
 from graphprune.problem import Choices, Decision, Option, Problem
 
-Setting = tuple[int, ...] | float
+Setting = tuple[float, ...] | float
 """A kernel's geometry, or the kept share of channels, heads or hidden units."""
 
 

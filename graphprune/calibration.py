@@ -51,8 +51,15 @@ class Moments:
         return float(torch.einsum("gof,gfe,goe->", self.weight, self.matrix, self.weight))
 
 
-Statistics = Mapping[str, Moments]
-"""Moments of each layer with a weight, by the name of its node."""
+class Statistics(dict[str, Moments]):
+    """Moments of each layer with a weight, by the name of its node.
+
+    `branches` holds, by the node of its addition, E|branch|^2 / E|sum|^2 of each residual branch.
+    """
+
+    def __init__(self, moments: Mapping[str, Moments], branches: Mapping[str, float]) -> None:
+        super().__init__(moments)
+        self.branches = dict(branches)
 
 
 def calibrate(
@@ -60,7 +67,7 @@ def calibrate(
     batches: Sequence[Tensor],
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
-    """Collect the moments of all convolutions and linear layers.
+    """Collect the moments of all convolutions and linear layers, and the energies of all residual branches.
 
     `batches` are input batches [N, ...] of a model with one input. Memory: features^2 numbers per layer.
     """
@@ -69,14 +76,16 @@ def calibrate(
     images = sum(len(batch) for batch in batches)
     rows = {name: max(LEAST_ROWS, ROWS_PER_FEATURE * _features(layer)) for name, layer in layers.items()}
     per_image = {name: -(-wanted // images) for name, wanted in rows.items()}
-    collector = _Collector(module, layers, per_image)
+    collector = _Collector(module, layers, per_image, {branch.node: branch.skip for branch in graph.branches})
     with torch.no_grad():
         for number, batch in enumerate(batches):
             collector.run(batch)
             if progress is not None:
                 progress(number + 1, len(batches))
     weights = graph.exported.state_dict
-    return {name: collector.moments(layer, weights[layer.weight]) for name, layer in layers.items()}
+    moments = {name: collector.moments(layer, weights[layer.weight]) for name, layer in layers.items()}
+    shares = {name: float(branch / whole.clamp_min(1e-30)) for name, (branch, whole) in collector.energies.items()}
+    return Statistics(moments, shares)
 
 
 def _features(layer: Layer) -> int:
@@ -89,8 +98,16 @@ def _features(layer: Layer) -> int:
 class _Collector(fx.Interpreter):
     """Runs the exported graph and adds up the moments of what enters each layer."""
 
-    def __init__(self, module: fx.GraphModule, layers: Mapping[str, Layer], per_image: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        layers: Mapping[str, Layer],
+        per_image: Mapping[str, int],
+        skips: Mapping[str, str],
+    ) -> None:
         super().__init__(module)
+        self.skips = skips
+        self.energies: dict[str, tuple[Tensor, Tensor]] = {}
         self.layers = layers
         self.per_image = per_image
         self.sums: dict[str, tuple[Tensor, Tensor, int]] = {}
@@ -102,7 +119,17 @@ class _Collector(fx.Interpreter):
             layer = self.layers[n.name]
             positions = positions_of(layer, self.per_image[n.name], self.random)
             self._add(n.name, vectors(arguments[0], layer.operator, positions))
+        if n.name in self.skips:
+            self._add_energies(n)
         return super().run_node(n)
+
+    def _add_energies(self, node: fx.Node) -> None:
+        """The squares of what a branch adds, and of the sum."""
+        arguments, _ = self.fetch_args_kwargs_from_env(node)
+        branch = arguments[1 if node.args[0].name == self.skips[node.name] else 0]  # type: ignore[union-attr]
+        energies = [torch.linalg.vector_norm(x, dtype=torch.float64) ** 2 for x in (branch, sum(arguments[:2]))]
+        before = self.energies.get(node.name, (0, 0))
+        self.energies[node.name] = (energies[0] + before[0], energies[1] + before[1])
 
     def _add(self, name: str, vectors: Tensor) -> None:
         second = torch.bmm(vectors.transpose(1, 2), vectors).double()

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from graphprune.calibration import Statistics
-from graphprune.compensation import Consumer, rank_units, solve
+from graphprune.cases import operators
+from graphprune.compensation import Consumer, filter_errors, rank_units, solve
 from graphprune.cuts import Cuts, join
-from graphprune.graph import Layer, ModelGraph, Site
+from graphprune.graph import Layer, ModelGraph, Site, Window
 from graphprune.operators import Convolution, Operator
 from graphprune.pattern import Level, Pattern, Scores
 from graphprune.problem import Decision, Factor, Floats, Option, Sum
@@ -24,7 +25,7 @@ from graphprune.profile import Profile
 from graphprune.uniform import magnitudes, unit_rows
 
 LARGEST_TABLE = 1024
-"""Entries of one layer's table; beyond that its sites count as independent."""
+"""Entries of one layer's table, those with the layer dropped not counted; beyond that its sites are independent."""
 Progress = Callable[[int, int], None]
 
 
@@ -35,7 +36,10 @@ class _Draft:
     pattern: str
     level: str
     keep: tuple[int, ...]
+    share: float
     cuts: Cuts
+    error: float | None = None
+    """The pattern's own, None where that of the layers counts."""
 
 
 @dataclass
@@ -50,15 +54,17 @@ class Candidates:
 
     def collect(self, progress: Progress | None = None) -> None:
         """Measure what is not in the profile yet and choose the kept units of every legal level."""
-        self.profile.fill(self._structural_operators(), progress)
+        self.profile.fill(operators(self.graph, self.patterns, self.profile.block), progress)
         for site in self.graph.all_sites:
-            scores: Scores | None = None
-            drafts = [_Draft("dense", "dense", tuple(range(site.size)), Cuts())]
+            scores: dict[tuple[Window, ...], Scores] = {}
+            drafts = [_Draft("dense", "dense", tuple(range(site.size)), 1.0, Cuts())]
             for pattern, level in self._legal(site):
-                if not level.keep and scores is None:
-                    scores = self._scores(site)
-                keep = pattern.choose(site, level, np.zeros(site.size) if scores is None else scores)
-                drafts.append(_Draft(pattern.name, level.name, keep, pattern.rewrite(site, keep)))
+                windows = pattern.windows(site)
+                if level.count and not level.keep and windows not in scores:
+                    scores[windows] = self._window_scores(site, windows) if windows else self._scores(site)
+                keep = level.keep or (pattern.choose(site, level, scores[windows]) if level.count else ())
+                share, error = len(keep) / pattern.units(site), pattern.error(site, keep, self.statistics)
+                drafts.append(_Draft(pattern.name, level.name, keep, share, pattern.rewrite(site, keep), error))
             if len(drafts) > 1:
                 self.drafts[site.name] = drafts
         self.profile.fill(self._table_operators(), progress)
@@ -68,21 +74,24 @@ class Candidates:
             for level in pattern.legal(self.graph, site, self.profile):
                 yield pattern, level
 
-    def _structural_operators(self) -> list[Operator]:
-        operators = [layer.operator for layer in self.graph.layers]
-        for site in self.graph.all_sites:
-            for pattern in self.patterns:
-                for level in pattern.levels(site, self.profile.block) if site.kind in pattern.kinds else ():
-                    cuts = pattern.rewrite(site, level.keep or tuple(range(level.count)))
-                    operators += [cuts.operator(self.graph.layer[node]) for node in site.layers]
-        return operators
-
     def _scores(self, site: Site) -> Scores:
         """How much each unit of a group matters: to its consumers where calibrated, else by weight magnitude."""
         consumers = [c for node in site.layers if (c := self._consumer(site, self.graph.layer[node])) is not None]
         if consumers:
             return rank_units(consumers, site.size)
         return magnitudes(self.graph, site.atom)
+
+    def _window_scores(self, site: Site, windows: Sequence[Window]) -> Scores:
+        """Higher where a window costs a filter less [filters, windows]; without calibration, by the weights alone."""
+        layer = self.graph.layer[site.node]
+        moments = self.statistics.get(layer.node)
+        if moments is None:
+            weight = self.graph.exported.state_dict[layer.weight].detach().double().square().sum(1)
+            kept = [weight[:, top:bottom, left:right].sum((1, 2)) for (top, bottom), (left, right) in windows]
+            return np.asarray(torch.stack(kept, 1).numpy())
+        cuts = [Cuts(windows={site.node: window}) for window in windows]
+        errors = [filter_errors(moments, kept_features(layer, cut)) for cut in cuts]
+        return np.asarray(-torch.stack(errors, 1).numpy())
 
     def _consumer(self, site: Site, layer: Layer) -> Consumer | None:
         moments = self.statistics.get(layer.node)
@@ -108,16 +117,22 @@ class Candidates:
         return join(*(self.drafts[site.name][index].cuts for site, index in zip(self.sites, choices, strict=True)))
 
     def _table_operators(self) -> list[Operator]:
-        operators: list[Operator] = []
+        found: list[Operator] = []
         for layer in self.graph.layers:
-            for factor in self._blocks(self._touching(layer)):
-                operators += [self._cut(factor, options).operator(layer) for options in self._combinations(factor)]
-        return operators
+            whole, parts = self._blocks(self._touching(layer))
+            for block in (whole, *parts):
+                cuts = (self._cut(block, options) for options in self._combinations(block))
+                found += [cut.operator(layer) for cut in cuts if _offered(layer, cut)]
+        return found
 
-    def _blocks(self, sites: list[int]) -> list[list[int]]:
-        """The sites of a layer as one table, or one by one where that would be too large."""
-        entries = prod(len(self.drafts[self.sites[site].name]) for site in sites)
-        return [sites] if entries <= LARGEST_TABLE else [[site] for site in sites]
+    def _blocks(self, sites: list[int]) -> tuple[list[int], list[list[int]]]:
+        """The sites of one layer's table, and none apart from it; or, where that would be too large, the sites that may
+        drop the layer, and each other one together with those: what is dropped has no other change.
+        """
+        drops = [site for site in sites if self.sites[site].branch is not None]
+        others = [site for site in sites if site not in drops]
+        entries = prod(len(self.drafts[self.sites[site].name]) for site in others)
+        return (sites, []) if entries <= LARGEST_TABLE else (drops, [[site, *drops] for site in others])
 
     def _combinations(self, sites: Sequence[int]) -> Iterable[tuple[int, ...]]:
         return product(*(range(len(self.drafts[self.sites[site].name])) for site in sites))
@@ -127,19 +142,16 @@ class Candidates:
         return join(*(self.drafts[name][option].cuts for name, option in zip(names, options, strict=True)))
 
     def _factors(self, layer: Layer, sites: list[int], value: Callable[[Cuts], float]) -> list[Factor]:
-        """Tables of `value(cuts)` for one layer; beyond the first block only what a cut changes is added."""
-        factors = []
-        blocks = self._blocks(sites)
-        for block in blocks:
-            shape = [len(self.drafts[self.sites[site].name]) for site in block]
-            entries = [value(self._cut(block, options)) for options in self._combinations(block)]
-            table: Floats = np.array(entries, dtype=np.float64).reshape(shape)
-            if len(blocks) > 1:
-                table = table - table.flat[0]
-            factors.append(Factor(tuple(block), table))
-        if len(blocks) > 1:
-            factors.append(Factor((), np.array(value(Cuts()))))
-        return factors
+        """Tables of `value(cuts)` for one layer; where sites are apart, each adds only what its cut changes."""
+        together, apart = self._blocks(sites)
+        whole = self._table(together, value)
+        changes = [Factor(tuple(block), self._table(block, value) - whole) for block in apart]
+        return [*changes, Factor(tuple(together), whole)]
+
+    def _table(self, sites: Sequence[int], value: Callable[[Cuts], float]) -> Floats:
+        shape = [len(self.drafts[self.sites[site].name]) for site in sites]
+        entries = [value(self._cut(sites, options)) for options in self._combinations(sites)]
+        return np.array(entries, dtype=np.float64).reshape(shape)
 
     def cost(self, value: Callable[[Operator], float], whole: float) -> Sum:
         """A cost of all layers as a share of `whole`; what the layers do not explain of it is a constant.
@@ -156,36 +168,63 @@ class Candidates:
             if not sites:
                 constant += scale * np.nan_to_num(value(layer.operator))
                 continue
-            for factor in self._factors(layer, sites, lambda cuts, layer=layer: value(cuts.operator(layer))):  # type: ignore[misc]
-                factors.append(Factor(factor.sites, np.nan_to_num(factor.table * scale, nan=np.inf)))
-        return Sum(float(constant), tuple(factors))
+            for factor in self._factors(layer, sites, lambda cuts, layer=layer: _cost(layer, cuts, value)):  # type: ignore[misc]
+                factors.append(Factor(factor.sites, np.nan_to_num(factor.table * scale, nan=np.inf, posinf=np.inf)))
+        return _sum(float(constant), factors)
 
     def error(self) -> Sum:
         """The total relative error of all layers, exact for each layer, added over layers (OBC's independence)."""
-        factors: list[Factor] = []
+        factors = self._own_errors()
         for layer in self.graph.layers:
-            sites = [number for number in self._touching(layer) if self._reads(self.sites[number], layer)]
-            if sites and layer.node in self.statistics:
+            sites = [number for number in self._touching(layer) if self._matters(self.sites[number], layer)]
+            if layer.node in self.statistics and any(self.sites[number].branch is None for number in sites):
                 factors += self._factors(layer, sites, lambda cuts, layer=layer: self._layer_error(layer, cuts))  # type: ignore[misc]
-        return Sum(0.0, tuple(factors + self._uncalibrated(factors)))
+        return _sum(0.0, factors + self._uncalibrated(factors))
+
+    def _own_errors(self) -> list[Factor]:
+        """The estimates of patterns that have their own."""
+        errors = {n: [draft.error for draft in self.drafts[site.name]] for n, site in enumerate(self.sites)}
+        return [
+            Factor((n,), np.array([error or 0.0 for error in own]))
+            for n, own in errors.items()
+            if any(error is not None for error in own)
+        ]
+
+    def _matters(self, site: Site, layer: Layer) -> bool:
+        """Whether the layer's own error depends on the site: what it reads is cut, or it may be dropped."""
+        return site.branch is not None or self._reads(site, layer)
 
     def _reads(self, site: Site, layer: Layer) -> bool:
         dense = layer.groups is None
         return site.kind == "kernel" or (dense and site.atom in layer.inputs.atoms())
 
     def _layer_error(self, layer: Layer, cuts: Cuts) -> float:
-        kept = kept_features(layer, cuts)
+        if cuts.drops(layer):  # what the branch was worth is the branch's own error
+            return 0.0
         moments = self.statistics[layer.node]
+        if layer.node in cuts.mixes:
+            return self._mixture_error(layer, cuts)
+        kept = kept_features(layer, cuts)
         if len(kept) == moments.second.shape[-1]:
             return 0.0
         return solve(moments, kept)[1]
+
+    def _mixture_error(self, layer: Layer, cuts: Cuts) -> float:
+        """The errors of the filters, each under its own window; those of cut filters count as if they were kept."""
+        filters = np.array([repr(window) for window in cuts.mixes[layer.node]])
+        error = 0.0
+        for window in set(cuts.mixes[layer.node]):
+            whole = Cuts(cuts.keep, {layer.node: window})
+            errors = filter_errors(self.statistics[layer.node], kept_features(layer, whole))
+            error += float(errors[torch.from_numpy(filters == repr(window))].sum())
+        return error
 
     def _uncalibrated(self, factors: Sequence[Factor]) -> list[Factor]:
         """Sites that no calibrated layer reads: the share of units that goes is their error."""
         known = {site for factor in factors for site in factor.sites}
         missing = [number for number in range(len(self.sites)) if number not in known]
         return [
-            Factor((n,), np.array([1 - len(draft.keep) / site.size for draft in self.drafts[site.name]]))
+            Factor((n,), np.array([1 - draft.share for draft in self.drafts[site.name]]))
             for n in missing
             if (site := self.sites[n])
         ]
@@ -200,11 +239,27 @@ class Candidates:
             for index, draft in enumerate(self.drafts[site.name]):
                 alone = (*dense[:number], index, *dense[number + 1 :])
                 gain = self.profile.gain((x.operator for x in layers), (draft.cuts.operator(x) for x in layers))
-                kept = len(draft.keep) / site.size
                 geometry = _bits(site, draft.keep) if site.kind == "kernel" else ()
-                options.append(Option(draft.pattern, draft.level, draft.keep, kept, error(alone), gain, geometry))
+                options.append(
+                    Option(draft.pattern, draft.level, draft.keep, draft.share, error(alone), gain, geometry)
+                )
             result.append(Decision(site.name, site.kind, nodes[site.node], tuple(options)))
         return tuple(result)
+
+
+def _sum(constant: float, factors: Sequence[Factor]) -> Sum:
+    """A sum in which what depends on no site is in the constant."""
+    fixed = sum(float(factor.table) for factor in factors if not factor.sites)
+    return Sum(constant + fixed, tuple(factor for factor in factors if factor.sites))
+
+
+def _offered(layer: Layer, cuts: Cuts) -> bool:
+    """Not where a mixed convolution loses filters too: its parts would no longer be whole blocks, which is slow."""
+    return layer.node not in cuts.mixes or not layer.outputs.atoms() & cuts.keep.keys()
+
+
+def _cost(layer: Layer, cuts: Cuts, value: Callable[[Operator], float]) -> float:
+    return value(cuts.operator(layer)) if _offered(layer, cuts) else np.inf
 
 
 def kept_features(layer: Layer, cuts: Cuts) -> torch.Tensor:
@@ -220,10 +275,14 @@ def kept_features(layer: Layer, cuts: Cuts) -> torch.Tensor:
     return torch.from_numpy((channels[:, None] * (height * width) + taps[None, :]).reshape(-1))
 
 
-def _bits(site: Site, keep: Sequence[int]) -> tuple[int, ...]:
-    """The kept positions of a kernel as 3x3 bits; larger kernels are sampled at their edges and middle."""
+def _bits(site: Site, keep: Sequence[int]) -> tuple[float, ...]:
+    """The kept positions of a kernel as 3x3 bits; larger kernels are sampled at their edges and middle.
+
+    Where filters differ (`keep` counts on from filter to filter), each bit is the share of filters that keep it.
+    """
     height, width = site.kernel
+    filters = max(keep) // site.size + 1
+    kept = np.bincount(np.asarray(keep) % site.size, minlength=site.size).reshape(height, width) / filters
     rows = (0, height // 2, height - 1)
     columns = (0, width // 2, width - 1)
-    kept = set(keep)
-    return tuple(int(row * width + column in kept) for row in rows for column in columns)
+    return tuple(round(float(kept[row, column]), 3) for row in rows for column in columns)

@@ -33,14 +33,23 @@ def solve(moments: Moments, kept: Tensor, outputs: Tensor | None = None) -> tupl
 
     The error is a share of the layer's output energy; 0 when all features stay, up to the ridge.
     """
-    matrix = ridged(moments.matrix)
     weight = moments.weight if outputs is None else moments.weight[:, outputs]
-    cross, inner = matrix[:, :, kept], matrix[:, kept][:, :, kept]
-    target = weight @ cross
-    best = torch.linalg.solve(inner, target.transpose(1, 2)).transpose(1, 2)
-    total = torch.einsum("gof,gfe,goe->", weight, matrix, weight)
-    left = total - (best * target).sum()
-    return best, max(0.0, float(left / total.clamp_min(1e-30)))
+    best, left, total = _solve(ridged(moments.matrix), weight, kept)
+    return best, max(0.0, float(left.sum() / total.sum().clamp_min(1e-30)))
+
+
+def filter_errors(moments: Moments, kept: Tensor) -> Tensor:
+    """What keeping only these features costs each output [groups * outputs], as shares of the layer's energy."""
+    _, left, total = _solve(ridged(moments.matrix), moments.weight, kept)
+    return (left / total.sum().clamp_min(1e-30)).clamp_min(0).reshape(-1)
+
+
+def _solve(matrix: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best weights on kept features, the energy they leave out and the whole energy [groups, outputs]."""
+    target = weight @ matrix[:, :, kept]
+    best = torch.linalg.solve(matrix[:, kept][:, :, kept], target.transpose(1, 2)).transpose(1, 2)
+    total = ((weight @ matrix) * weight).sum(2)
+    return best, total - (best * target).sum(2), total
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,10 @@ class Bars:
         if done >= total or time.monotonic() - self._said > LINE_SECONDS:
             self._say()
 
+    def stage(self, stage: str) -> Callable[[int, int], None]:
+        """A callback for work that counts steps and has nothing to note."""
+        return lambda done, total: self.update(stage, done, total)
+
     def epochs(self, stage: str, total: int) -> Callable[[int, float, float], None]:
         """A callback for training: the stage counts epochs and shows loss and validation accuracy."""
         self.update(stage, 0, total)

@@ -1,37 +1,79 @@
-"""What a plan cuts: kept indices of atoms and kept windows of kernels, with nothing about patterns left in it."""
+"""What a plan cuts: kept indices of atoms, kept windows of kernels, dropped branches; nothing of patterns is left."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
+
+import numpy as np
 
 from graphprune.axes import Indices
 from graphprune.errors import InputError
-from graphprune.graph import Layer, ModelGraph, Window
-from graphprune.operators import Operator
+from graphprune.graph import Branch, Layer, ModelGraph, Window
+from graphprune.operators import Absent, Convolution, Mixture, Operator
 from graphprune.plan import Choice, Plan
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """`keep`: atom -> the indices that stay; `windows`: node of a convolution -> the window of its kernel."""
+    """What is cut, wherever it was decided.
+
+    `keep`: atom -> the indices that stay; `windows`: node of a convolution -> the window of its kernel; `dropped`: the
+    residual branches that go as a whole, whatever else is cut in them; `mixes`: node of a convolution -> a window for
+    each of its dense filters; `order`: atom -> all its indices, so ordered that filters of one window stand together.
+    """
 
     keep: Mapping[int, Indices] = field(default_factory=dict)
     windows: Mapping[str, Window] = field(default_factory=dict)
+    dropped: tuple[Branch, ...] = ()
+    mixes: Mapping[str, tuple[Window, ...]] = field(default_factory=dict)
+    order: Mapping[int, Indices] = field(default_factory=dict)
+
+    @cached_property
+    def kept(self) -> dict[int, Indices]:
+        """What stays of each atom that is cut or put in another order, in the order in which it stays."""
+        ordered = {
+            atom: order[np.isin(order, self.keep[atom])] if atom in self.keep else order
+            for atom, order in self.order.items()
+        }
+        return {**self.keep, **ordered}
 
     @property
     def sizes(self) -> dict[int, int]:
         """How many indices of each cut atom stay."""
         return {atom: len(indices) for atom, indices in self.keep.items()}
 
+    def drops(self, layer: Layer) -> bool:
+        """Whether the layer is inside a branch that goes."""
+        return any(layer.node in branch.inside for branch in self.dropped)
+
+    def runs(self, layer: Layer) -> list[tuple[Window, int]]:
+        """The windows of a mixed convolution, and how many of its kept filters in a row have each."""
+        windows = self.mixes[layer.node]
+        return [
+            (window, len(list(same))) for window, same in groupby(windows[i] for i in layer.outputs.kept(self.kept))
+        ]
+
     def operator(self, layer: Layer) -> Operator:
         """The operator that a layer becomes."""
-        return layer.after(self.sizes, self.windows.get(layer.node))
+        if self.drops(layer):
+            return Absent()
+        whole = layer.after(self.sizes, self.windows.get(layer.node))
+        if layer.node not in self.mixes:
+            return whole
+        assert isinstance(whole, Convolution)
+        return Mixture(tuple(replace(whole, outputs=n).window(*window) for window, n in self.runs(layer)))
 
 
 def join(*cuts: Cuts) -> Cuts:
     """Several cuts at different sites as one."""
     keep = {atom: indices for cut in cuts for atom, indices in cut.keep.items()}
     windows = {node: window for cut in cuts for node, window in cut.windows.items()}
-    return Cuts(keep, windows)
+    dropped = tuple(dict.fromkeys(branch for cut in cuts for branch in cut.dropped))
+    gone = frozenset().union(*(branch.inside for branch in dropped))  # which has no other change
+    mixes = {node: mix for cut in cuts for node, mix in cut.mixes.items() if node not in gone}
+    order = {atom: indices for cut in cuts for atom, indices in cut.order.items()}
+    return Cuts(keep, windows, dropped, mixes, order)
 
 
 def resolve(graph: ModelGraph, plan: Plan) -> Cuts:
@@ -47,8 +89,11 @@ def _resolve_choice(graph: ModelGraph, choice: Choice) -> Cuts:
     site = graph.site.get(choice.site)
     if site is None:
         raise InputError(f"this model has no site {choice.site!r}")
-    if max(choice.keep) >= site.size:
-        raise InputError(f"{site.name!r} has {site.size} units, the plan keeps number {max(choice.keep)}")
-    if site.kind not in pattern(choice.pattern).kinds:
+    chosen = pattern(choice.pattern)
+    if site.kind not in chosen.kinds:
         raise InputError(f"the pattern {choice.pattern!r} does not apply at {site.name!r}, of kind {site.kind!r}")
-    return pattern(choice.pattern).rewrite(site, choice.keep)
+    if not choice.keep and site.branch is None:
+        raise InputError(f"the choice at {site.name!r} must keep at least one unit")
+    if max(choice.keep, default=-1) >= chosen.units(site):
+        raise InputError(f"{site.name!r} has {chosen.units(site)} units, the plan keeps number {max(choice.keep)}")
+    return chosen.rewrite(site, choice.keep)

@@ -11,7 +11,7 @@ import networkx
 from graphprune.cuts import resolve
 from graphprune.flow import collapse, rows
 from graphprune.graph import Layer, ModelGraph
-from graphprune.operators import Attention, Convolution, Operator
+from graphprune.operators import Absent, Attention, Convolution, Mixture, Operator
 from graphprune.plan import Choice, Plan
 from graphprune.registry import pattern
 from graphprune.tables import shortened
@@ -193,20 +193,27 @@ class _Labels:
         )
 
     def _here(self, layer: Layer) -> list[Choice]:
-        """The choices that show at a layer: in its kernel, in what it puts out, or in its heads."""
+        """The choices that show at a layer: in its kernel, in what it puts out, in its heads, or in its absence."""
         return [
             choice
             for choice, cuts in self.choices
-            if layer.node in cuts.windows or cuts.keep.keys() & layer.outputs.atoms()
+            if layer.node in {*cuts.windows, *cuts.mixes}
+            or cuts.drops(layer)
+            or cuts.keep.keys() & layer.outputs.atoms()
         ]
 
 
 def _describe(operator: Operator) -> str:
+    if isinstance(operator, Absent):
+        return "nothing"
     if isinstance(operator, Convolution):
         kernel = "×".join(map(str, operator.kernel))
         stride = f" /{max(operator.stride)}" if max(operator.stride) > 1 else ""
         width = f"{operator.inputs}→{operator.outputs}" if operator.groups == 1 else f"{operator.groups} groups"
         return f"conv {kernel}{stride}, {width}"
+    if isinstance(operator, Mixture):
+        kernels = "+".join("×".join(map(str, part.kernel)) for part in operator.parts)
+        return f"conv {kernels}, {operator.parts[0].inputs}→{sum(part.outputs for part in operator.parts)}"
     if isinstance(operator, Attention):
         return f"attention, {operator.heads} head{'s' * (operator.heads > 1)}"
     return f"linear, {operator.inputs}→{operator.outputs}"

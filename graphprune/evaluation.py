@@ -40,16 +40,24 @@ class Workbench:
     attributes: tuple[tuple[str, str], ...] = ()
 
     def probe(self, cuts: Cuts) -> None:
-        """Find how this model is cut, by a cut that touches everything that candidates may touch."""
-        outcome = perform(self.model, self.graph, cuts)
+        """Find how this model is cut, by a cut that touches everything that candidates may touch.
+
+        Branches are dropped apart from the other cuts, since those inside them would not show.
+        """
+        outcome = perform(self.model, self.graph, replace(cuts, dropped=()))
         self.own_class, self.attributes = outcome.own_class, outcome.attributes
+        if cuts.dropped and self.own_class:
+            self.own_class = perform(self.model, self.graph, Cuts(dropped=cuts.dropped)).own_class
+
+    def cut(self, cuts: Cuts) -> nn.Module:
+        """A cut copy with the sliced weights."""
+        if self.own_class:
+            return cut_module(self.model, self.graph, cuts, self.attributes)
+        return cut_program(self.graph, cuts, self.model)
 
     def build(self, cuts: Cuts) -> nn.Module:
         """A cut, repaired copy in evaluation mode."""
-        if self.own_class:
-            pruned = cut_module(self.model, self.graph, cuts, self.attributes)
-        else:
-            pruned = cut_program(self.graph, cuts, self.model)
+        pruned = self.cut(cuts)
         repair(pruned, self.model, self.graph, cuts, self.reference)
         return pruned.eval()
 

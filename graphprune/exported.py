@@ -1,18 +1,19 @@
 """Cutting the exported graph: its parameters are sliced and its literals rewritten by the rule table."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from graphprune.axes import Form
+from graphprune.branches import gone_parameters, outermost
 from graphprune.cuts import Cuts
-from graphprune.graph import ModelGraph
+from graphprune.graph import Branch, ModelGraph
 from graphprune.rules import RULES
 from graphprune.tracing import operator_name, owner_path, state_of
-from graphprune.window import padded_conv2d, window_padding
+from graphprune.window import mixed, padded_conv2d, window_padding
 
 _SPLITS = {"split", "chunk", "unsafe_chunk", "tensor_split"}
 
@@ -29,7 +30,10 @@ def _changes(graph: ModelGraph, cuts: Cuts) -> Iterator[tuple[fx.Node, str, Any,
     def size(form: Form) -> int:
         return form.kept_size(sizes)
 
+    vanished = {name for branch in cuts.dropped for name in branch.inside}
     for call in graph.calls.values():
+        if call.node.name in vanished:
+            continue
         rule = RULES.get(operator_name(call.node))
         if rule is None or rule.literals is None:
             continue
@@ -53,10 +57,32 @@ def cut_program(graph: ModelGraph, cuts: Cuts, model: nn.Module) -> nn.Module:
         _rewrite(nodes[node.name], name, after)
     for name, window in cuts.windows.items():
         _shrink_kernel(nodes[name], graph.calls[name], window)
+    _load_cut(module, graph, cuts, model)
+    for name in cuts.mixes:
+        _mix_kernels(module, nodes[name], graph, cuts)
+    _drop(module, cuts.dropped)
     module.graph.lint()
     module.recompile()
-    _load_cut(module, graph, cuts, model)
+    for name in gone_parameters(graph, cuts.dropped):
+        path, _, leaf = name.rpartition(".")
+        delattr(module.get_submodule(path), leaf)
     return module.eval()
+
+
+def _drop(module: fx.GraphModule, branches: Sequence[Branch]) -> None:
+    """Put each branch's skip in the place of the sum, and erase the branch, operators in place included."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    position = {name: number for number, name in enumerate(nodes)}
+    for branch in sorted(outermost(branches), key=lambda branch: -position[branch.node]):
+        addition, kept = nodes[branch.node], nodes[branch.skip]
+        if any(user.name not in branch.inside and user is not addition for user in kept.users):
+            with module.graph.inserting_before(addition):  # the sum was a tensor of its own, to be written to
+                kept = module.graph.call_function(torch.ops.aten.clone.default, (kept,))
+        addition.replace_all_uses_with(kept)
+    vanished = {name for branch in branches for name in (branch.node, *branch.inside)}
+    for node in reversed(list(module.graph.nodes)):
+        if node.name in vanished or (vanished and node.op == "get_attr" and not node.users):
+            module.graph.erase_node(node)
 
 
 def plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
@@ -95,6 +121,27 @@ def _shrink_kernel(node: fx.Node, call: Any, window: Any) -> None:
     node.args, node.kwargs = (*arguments, pair[0], ends, pair[2], groups), {}
 
 
+def _mix_kernels(module: fx.GraphModule, node: fx.Node, graph: ModelGraph, cuts: Cuts) -> None:
+    """Put a module with a convolution for each window in the place of one call, under the path of its parameters."""
+    layer, call = graph.layer[node.name], graph.calls[node.name]
+    path = layer.weight.rpartition(".")[0]
+    held = module.get_submodule(path)
+    weight: torch.Tensor = held.weight  # type: ignore[assignment]
+    outputs, inputs, *kernel = weight.shape
+    stride, padding, dilation = (_pair(call[name]) for name in ("stride", "padding", "dilation"))
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False, device="meta")  # type: ignore[arg-type]
+    conv.weight, conv.bias = weight, getattr(held, "bias", None)  # type: ignore[assignment]
+    source, *attributes = node.all_input_nodes
+    with module.graph.inserting_before(node):
+        replacement = module.graph.call_module(path, (source,))
+    node.replace_all_uses_with(replacement)
+    name = node.name
+    for unused in (node, *attributes):
+        module.graph.erase_node(unused)
+    replacement.name = name
+    module.set_submodule(path, mixed(conv, cuts.runs(layer)))
+
+
 def _pair(value: Any) -> tuple[int, int]:
     values = [value] if isinstance(value, int) else list(value)
     return (values[0], values[-1])
@@ -112,8 +159,8 @@ def _load_cut(module: nn.Module, graph: ModelGraph, cuts: Cuts, model: nn.Module
             continue
         small = value.detach().clone()
         for axis, form in enumerate(parameter.axes):
-            if form.atoms() & cuts.keep.keys():
-                small = small.index_select(axis, torch.from_numpy(form.kept(cuts.keep)).to(value.device))
+            if form.atoms() & cuts.kept.keys():
+                small = small.index_select(axis, torch.from_numpy(form.kept(cuts.kept)).to(value.device))
         if parameter.name in windows:
             (top, bottom), (left, right) = windows[parameter.name]
             small = small[:, :, top:bottom, left:right].clone()

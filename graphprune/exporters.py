@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from graphprune.errors import InputError, StepError
 from graphprune.fold import fold_pads
+from graphprune.spread import spread
+from graphprune.zeros import drop_zeros
 
 _LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 
@@ -89,13 +91,15 @@ def _input_names(model: nn.Module, count: int) -> tuple[str, ...]:
 
 
 def convert(request: Request, routes: Sequence[Callable[[Request], ir.Model]]) -> ir.Model:
-    """The model from the first exporter that succeeds, padding folded; the first failure is what is reported."""
+    """The model from the first exporter that succeeds, rewritten for the engine. The first failure is what is told."""
     errors: list[Exception] = []
     for route in routes:
         try:
             with torch.no_grad(), _silence():
                 converted = route(request)
                 fold_pads(converted)
+                spread(converted)
+                drop_zeros(converted)
             forget_source(converted)
             return converted
         except Exception as error:  # exporters raise anything, from TypeError to errors of their own

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from graphprune.axes import Form
-from graphprune.operators import Convolution, Linear, Operator
+from graphprune.operators import Attention, Convolution, Linear, Operator
 
 if TYPE_CHECKING:
     import networkx
@@ -71,7 +71,7 @@ class Layer:
             return cut.window(*window) if window else cut
         if isinstance(given, Linear):
             return replace(given, inputs=inputs, outputs=outputs)
-        return replace(given, heads=inputs)
+        return replace(given, heads=inputs) if isinstance(given, Attention) else given
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,26 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Site:
-    """Where one decision is taken: `size` units of a group, or the positions of one convolution's kernel.
+class Branch:
+    """A residual branch: `node` adds what is `inside`, which is computed from `skip` alone, to `skip`.
 
-    `layers` are the nodes of the layers whose cost the decision changes; `node` is where agents see it.
+    `inside` names all nodes of the exported graph that vanish with it, `modules` the paths of the largest modules that
+    lie wholly inside. `name` is the path that tells best what it is.
+    """
+
+    name: str
+    node: str
+    skip: str
+    inside: frozenset[str]
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where one decision is taken: `size` units of a group, positions of a kernel, or a branch (a single unit).
+
+    `layers` are the nodes of the layers whose cost the decision changes; `node` is where agents see it. At a kernel,
+    `order` is the group of the convolution's `filters` where they may stand in any order, -1 where they may not.
     """
 
     name: str
@@ -117,6 +133,9 @@ class Site:
     atom: int = -1
     kernel: tuple[int, int] = (0, 0)
     unit: int = 1
+    order: int = -1
+    filters: int = 0
+    branch: Branch | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +173,13 @@ class ModelGraph:
         from graphprune.grouping import find_groups
 
         return find_groups(self)
+
+    @cached_property
+    def branches(self) -> tuple[Branch, ...]:
+        """Residual branches that can be dropped whole, in the order of the graph."""
+        from graphprune.branches import find_branches
+
+        return find_branches(self)
 
     @cached_property
     def all_sites(self) -> tuple[Site, ...]:

@@ -2,10 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from graphprune.graph import Group, Layer, Member, ModelGraph, Site
+from graphprune.graph import Branch, Group, Layer, Member, ModelGraph, Site
 from graphprune.operators import Attention, Convolution, Linear
+from graphprune.rule import shapes_of
+
+NORMS = frozenset({"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"})
 
 
 def find_groups(graph: ModelGraph) -> tuple[Group, ...]:
@@ -16,18 +19,46 @@ def find_groups(graph: ModelGraph) -> tuple[Group, ...]:
             for atom in form.atoms():
                 rows = form.size - form.kept_size({atom: graph.atom_sizes[atom] - 1})
                 members.setdefault(atom, []).append(Member(parameter.name, axis, rows))
-    groups = [_group(graph, atom, found) for atom, found in members.items() if graph.atom_sizes[atom] > 1]
+    streams = _Streams(_added(graph), _normalised(graph))
+    groups = [_group(graph, streams, atom, found) for atom, found in members.items() if graph.atom_sizes[atom] > 1]
     return tuple(_unique(sorted(groups, key=lambda group: _order(graph, group))))
 
 
-def _group(graph: ModelGraph, atom: int, members: list[Member]) -> Group:
+@dataclass(frozen=True)
+class _Streams:
+    """Atoms that run through a residual addition, and those that run through the weights of a norm."""
+
+    added: set[int]
+    normalised: set[int]
+
+
+def _added(graph: ModelGraph) -> set[int]:
+    """Atoms of sums of two computed tensors of one shape."""
+    found: set[int] = set()
+    for node in graph.nodes:
+        if node.op not in ("add", "add_") or node.name not in graph.calls:
+            continue
+        sources = graph.calls[node.name].node.all_input_nodes
+        if len(sources) == 2 and all(x.op == "call_function" for x in sources):
+            one, other = map(shapes_of, sources)
+            found |= set().union(*(form.atoms() for form in node.axes)) if one == other else set()
+    return found
+
+
+def _normalised(graph: ModelGraph) -> set[int]:
+    norms = {name for node in graph.nodes if node.op in NORMS for name in node.inputs}
+    axes = (form for parameter in graph.parameters if parameter.name in norms for form in parameter.axes)
+    return {atom for form in axes for atom in form.atoms()}
+
+
+def _group(graph: ModelGraph, streams: _Streams, atom: int, members: list[Member]) -> Group:
     attentions = [x for x in graph.layers if isinstance(x.operator, Attention) and atom in x.inputs.atoms()]
     weighted = [layer for layer in graph.layers if not isinstance(layer.operator, Attention)]
     producers = [layer for layer in weighted if atom in layer.outputs.atoms()]
     consumers = [layer for layer in weighted if atom in layer.inputs.atoms()]
     narrow = all(layer.inputs.size == graph.atom_sizes[atom] for layer in consumers)
-    kind = _kind(producers, consumers, attentions)
-    kind = "width" if kind == "hidden" and not narrow else kind
+    kind = "heads" if attentions else _kind(producers, consumers, atom in streams.added, narrow)
+    kind = "width" if kind == "other" and narrow and consumers and producers and atom in streams.normalised else kind
     first = attentions or producers or consumers
     name = first[0].module or first[0].node if first else members[0].parameter
     return Group(
@@ -36,15 +67,17 @@ def _group(graph: ModelGraph, atom: int, members: list[Member]) -> Group:
     )  # fmt: skip
 
 
-def _kind(producers: list[Layer], consumers: list[Layer], attentions: list[Layer]) -> str:
-    if attentions:
-        return "heads"
+def _kind(producers: list[Layer], consumers: list[Layer], added: bool, narrow: bool) -> str:
     if producers and all(isinstance(layer.operator, Convolution) for layer in producers):
         return "channels"
+    if added and producers and consumers:
+        return "width"
     inner = producers and consumers and not {x.node for x in producers} & {x.node for x in consumers}
     one_step = len({layer.module.rpartition(".")[0] for layer in producers + consumers}) == 1
     linear = all(isinstance(layer.operator, Linear) for layer in producers + consumers)
-    return "hidden" if inner and one_step and linear and len(producers) <= 2 else "width"
+    if inner and one_step and linear and narrow and len(producers) <= 2:
+        return "hidden"
+    return "width" if narrow and len(producers) > 1 and len(consumers) > 1 else "other"
 
 
 def _order(graph: ModelGraph, group: Group) -> tuple[int, int]:
@@ -66,10 +99,11 @@ def _unique(groups: Iterable[Group]) -> list[Group]:
 
 
 def find_sites(graph: ModelGraph) -> tuple[Site, ...]:
-    """A site for each group that may be cut and for each convolution whose kernel may be cut, in graph order."""
+    """A site for each group that may be cut, each convolution whose kernel may be cut, and each residual branch."""
     position = {node.name: number for number, node in enumerate(graph.nodes)}
     sites = [_group_site(graph, group) for group in graph.all_groups if not group.frozen]
-    sites += [_kernel_site(layer) for layer in graph.layers if _has_kernel(layer)]
+    sites += [_kernel_site(graph, layer) for layer in graph.layers if _has_kernel(layer)]
+    sites += [_branch_site(graph, branch) for branch in graph.branches]
     return tuple(sorted(sites, key=lambda site: (position[site.node], site.kind)))
 
 
@@ -82,6 +116,11 @@ def _group_site(graph: ModelGraph, group: Group) -> Site:
     )
 
 
+def _branch_site(graph: ModelGraph, branch: Branch) -> Site:
+    layers = tuple(layer.node for layer in graph.layers if layer.node in branch.inside)
+    return Site(f"{branch.name}/block", "block", 1, layers, layers[0], branch=branch)
+
+
 def _atoms(layer: Layer) -> set[int]:
     return set().union(*(form.atoms() for form in (layer.inputs, layer.outputs, layer.groups) if form))
 
@@ -91,7 +130,19 @@ def _has_kernel(layer: Layer) -> bool:
     return isinstance(operator, Convolution) and layer.standard and max(operator.kernel) > 1
 
 
-def _kernel_site(layer: Layer) -> Site:
+def _kernel_site(graph: ModelGraph, layer: Layer) -> Site:
     assert isinstance(layer.operator, Convolution)
     rows, columns = layer.operator.kernel
-    return Site(f"{layer.module}/kernel", "kernel", rows * columns, (layer.node,), layer.node, kernel=(rows, columns))
+    return Site(
+        f"{layer.module}/kernel", "kernel", rows * columns, (layer.node,), layer.node, kernel=(rows, columns),
+        order=_free_order(graph, layer), filters=layer.outputs.size,
+    )  # fmt: skip
+
+
+def _free_order(graph: ModelGraph, layer: Layer) -> int:
+    """The group of a convolution's filters if nothing else makes its channels, so that any order will do; else -1."""
+    atom = layer.outputs.atom
+    if atom < 0 or layer.groups is not None or graph.atom_frozen[atom]:
+        return -1
+    makers = [other.node for other in graph.layers if other.weight and atom in other.outputs.atoms()]
+    return atom if makers == [layer.node] else -1

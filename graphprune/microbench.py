@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from graphprune.errors import InputError
-from graphprune.operators import Attention, Convolution, Linear, Operator
+from graphprune.operators import Attention, Convolution, Linear, Mixture, Operator
 
 METHOD = 1
 """To be raised whenever a change here changes what is measured: kept timings of another method are not used."""
@@ -146,6 +146,14 @@ def _convolution(graph: _Graph, operator: Convolution, source: str) -> str:
     )
 
 
+def _mixture_source(graph: _Graph, operator: Mixture) -> tuple[str, ...]:
+    return _convolution_source(graph, operator.parts[0])
+
+
+def _mixture(graph: _Graph, operator: Mixture, source: str) -> str:
+    return graph.add("Concat", *(_convolution(graph, part, source) for part in operator.parts), axis=1)
+
+
 def _crop(graph: _Graph, padding: tuple[int, int, int, int], source: str) -> str:
     """Cut off as much as the padding is negative on each side."""
     if min(padding) >= 0:
@@ -200,7 +208,13 @@ def _attention(graph: _Graph, operator: Attention, queries: str, keys: str, valu
 _ACTIVATION: dict[str, Callable[[_Graph, str], str]] = {"": lambda _, source: source, "relu": _relu, "gelu": _gelu}
 _SOURCE: dict[type, Callable[..., tuple[str, ...]]] = {
     Convolution: _convolution_source,
+    Mixture: _mixture_source,
     Linear: _linear_source,
     Attention: _attention_source,
 }
-_EMIT: dict[type, Callable[..., str]] = {Convolution: _convolution, Linear: _linear, Attention: _attention}
+_EMIT: dict[type, Callable[..., str]] = {
+    Convolution: _convolution,
+    Mixture: _mixture,
+    Linear: _linear,
+    Attention: _attention,
+}

@@ -58,6 +58,23 @@ class Convolution:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Convolutions of one input side by side, their outputs one after the other: a kernel geometry for each part."""
+
+    parts: tuple[Convolution, ...]
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds x 2."""
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, without biases."""
+        return sum(part.parameters for part in self.parts)
+
+
+@dataclass(frozen=True)
 class Linear:
     """A matrix product of `rows` vectors with a weight [outputs, inputs], and the activation that follows it."""
 
@@ -99,7 +116,15 @@ class Attention:
         return 0
 
 
-Operator = Convolution | Linear | Attention
+@dataclass(frozen=True)
+class Absent:
+    """A layer that is not there any more, because the branch it was in is dropped: it costs nothing."""
+
+    flops: int = 0
+    parameters: int = 0
+
+
+Operator = Convolution | Mixture | Linear | Attention | Absent
 
 
 def key(operator: Operator) -> str:

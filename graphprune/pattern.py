@@ -8,8 +8,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from graphprune.calibration import Statistics
 from graphprune.cuts import Cuts
-from graphprune.graph import ModelGraph, Site
+from graphprune.graph import ModelGraph, Site, Window
 from graphprune.profile import Profile
 
 Scores = NDArray[np.float64]
@@ -17,7 +18,7 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Level:
-    """How much a pattern cuts: `count` units stay. `keep` names them where the pattern's geometry fixes them."""
+    """How much a pattern cuts: `count` units stay (none of a branch); `keep` names them where the geometry does."""
 
     name: str
     count: int
@@ -42,12 +43,32 @@ class Pattern(ABC):
     def rewrite(self, site: Site, keep: tuple[int, ...]) -> Cuts:
         """What is cut when the site keeps these units. Raises InputError where they do not form this pattern."""
 
+    def units(self, site: Site) -> int:
+        """How many units the pattern chooses from at a site."""
+        return site.size
+
+    def windows(self, site: Site) -> tuple[Window, ...]:
+        """The kernel windows that `choose` wants scored for each filter; none if it wants the site's units scored."""
+        return ()
+
+    def sample(self, site: Site, level: Level) -> tuple[int, ...]:
+        """Some units that the level could keep: which ones does not matter to the time."""
+        windows = len(self.windows(site))
+        return self.choose(site, level, np.zeros((site.filters, windows) if windows else site.size))
+
     def choose(self, site: Site, level: Level, scores: Scores) -> tuple[int, ...]:
-        """The units that stay at a level: those fixed by the geometry, else the highest `scores` [site.size]."""
+        """The units that stay at a level: those fixed by the geometry, else the highest `scores`.
+
+        `scores` are [site.size], or [site.filters, windows] for a pattern with `windows`.
+        """
         if level.keep:
             return level.keep
         best = np.argsort(-scores, kind="stable")[: level.count]
         return tuple(sorted(int(index) for index in best))
+
+    def error(self, site: Site, keep: tuple[int, ...], statistics: Statistics) -> float | None:
+        """A relative error of the pattern's own; None where the layers that read what is cut tell all of it."""
+        return None
 
     def legal(self, graph: ModelGraph, site: Site, profile: Profile) -> tuple[Level, ...]:
         """The levels whose measured gain on the site's layers exceeds the noise."""
@@ -57,7 +78,7 @@ class Pattern(ABC):
         dense = [layer.operator for layer in layers]
         legal = []
         for level in self.levels(site, profile.block):
-            cut = self.rewrite(site, level.keep or tuple(range(level.count)))
+            cut = self.rewrite(site, self.sample(site, level))
             if profile.beyond_noise(dense, [cut.operator(layer) for layer in layers]):
                 legal.append(level)
         return tuple(legal)

@@ -14,7 +14,8 @@ class Choice:
     """One decision: at `site`, `pattern` at `level` keeps the units `keep`.
 
     `keep` holds sorted unit indices: channels, heads or hidden units of a group, or positions
-    (row * kernel width + column) of a kernel. It is fully resolved: applying a plan needs no scores and no data.
+    (row * kernel width + column) of a kernel; it is empty where a branch is dropped. It is fully resolved: applying a
+    plan needs no scores and no data.
     """
 
     site: str
@@ -23,8 +24,8 @@ class Choice:
     keep: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if list(self.keep) != sorted(set(self.keep)) or not self.keep or self.keep[0] < 0:
-            raise InputError(f"the choice at {self.site!r} must keep at least one unit, sorted and without repeats")
+        if list(self.keep) != sorted(set(self.keep)) or (self.keep and self.keep[0] < 0):
+            raise InputError(f"the units kept at {self.site!r} must be sorted, without repeats, none below 0")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Option:
     kept_share: float
     error: float
     gain: float
-    geometry: tuple[int, ...] = ()
+    geometry: tuple[float, ...] = ()
     """For kernels: the kept positions of the kernel as bits, resampled to 3x3; otherwise empty."""
 
 

@@ -9,7 +9,7 @@ from statistics import median
 
 from graphprune.engines.base import Engine, Timing
 from graphprune.microbench import METHOD
-from graphprune.operators import Convolution, Operator, key
+from graphprune.operators import Absent, Convolution, Operator, key
 from graphprune.passes import PASSES, REFERENCES, Samples, lots, measure_lot
 from graphprune.timings import TimingFile, default_cache_path
 
@@ -19,9 +19,13 @@ Progress = Callable[[int, int], None]
 LEAST_NOISE = 0.005
 """Standard deviation of a time's logarithm that is assumed even where the passes agree by chance."""
 
+MOST_GAIN = 100.0
+"""The gain that is stated where next to nothing is left: finite, so that it has a logarithm and fits into JSON."""
+
 BLOCKS = (16, 8, 4)
 BLOCK_WIDTHS = tuple(range(32, 68, 4))
 """Output channels of the convolutions whose times tell the vector block."""
+BLOCK_OPERATORS = tuple(Convolution(1, 32, width, 14, 14, (3, 3), padding=(1, 1, 1, 1)) for width in BLOCK_WIDTHS)
 
 
 @dataclass
@@ -30,13 +34,13 @@ class Profile:
 
     Times are stated for the speed that the machine had when it was first profiled, so that operators measured at
     different moments compare. An operator that the engine cannot run has a Timing with an error, NaN seconds, and
-    never a gain.
+    never a gain. A layer that is gone takes no time, and no engine is asked.
     """
 
     engine: Engine
     cache: Path = field(default_factory=default_cache_path)
     _samples: dict[str, Samples] = field(default_factory=dict, repr=False)
-    _timings: dict[Operator, Timing] = field(default_factory=dict, repr=False)
+    _timings: dict[Operator, Timing] = field(default_factory=lambda: {Absent(): Timing((0.0,))}, repr=False)
 
     def timing(self, operator: Operator) -> Timing:
         """Samples in seconds per execution, one for each pass (see `graphprune.passes`); measured now if need be."""
@@ -49,25 +53,30 @@ class Profile:
         return self.timing(operator).median
 
     def gain(self, dense: Iterable[Operator], cut: Iterable[Operator]) -> float:
-        """Time of the dense operators / time of those that replace them: above 1 is faster, infinite for none."""
+        """Time of the dense operators / time of those that replace them: above 1 is faster, at most `MOST_GAIN`."""
         before, after = list(dense), list(cut)
         self.fill([*before, *after])
         cost = sum(map(self.seconds, after))
-        return sum(map(self.seconds, before)) / cost if after else math.inf
+        whole = sum(map(self.seconds, before))
+        return min(whole / cost, MOST_GAIN) if cost else MOST_GAIN
 
     def beyond_noise(self, dense: Iterable[Operator], cut: Iterable[Operator]) -> bool:
         """Whether the gain exceeds what two measurements of the same thing differ by (95 %, one-sided)."""
         gain = self.gain(dense, cut)
         return gain > math.exp(1.645 * math.sqrt(2) * self.noise)
 
-    @property
+    @cached_property
     def noise(self) -> float:
         """Standard deviation of the logarithm of an operator's time, from how far repeated passes disagree.
 
-        The median disagreement over all operators of this engine, as a normal distribution would have it: two passes
-        with deviation s differ by 0.6745 * sqrt(2) * s in the median, and the time pools them: s / sqrt(2).
+        The median disagreement over a fixed set of operators, so that it does not depend on what else was measured, as
+        a normal distribution would have it: two passes with deviation s differ by 0.6745 * sqrt(2) * s in the median,
+        and the time pools them: s / sqrt(2).
         """
-        gaps = [abs(math.log(samples[0] / samples[1])) for samples in self._samples.values()]
+        operators = [*REFERENCES, *BLOCK_OPERATORS]
+        self.fill(operators)
+        samples = [self._samples[name] for name in map(key, operators) if name in self._samples]
+        gaps = [abs(math.log(first / second)) for first, second, *_ in samples]
         spread = median(gaps) / (0.6745 * math.sqrt(2)) if gaps else 0.0
         return max(LEAST_NOISE, spread / math.sqrt(PASSES))
 
@@ -78,9 +87,8 @@ class Profile:
         Each candidate predicts that a convolution with c output channels costs ceil(c / block); the one that fits the
         measured times best, in the squared error of logarithms up to a common factor, is taken.
         """
-        operators = [Convolution(1, 32, width, 14, 14, (3, 3), padding=(1, 1, 1, 1)) for width in BLOCK_WIDTHS]
-        self.fill(operators)
-        measured = [math.log(self.seconds(operator)) for operator in operators]
+        self.fill(BLOCK_OPERATORS)
+        measured = [math.log(self.seconds(operator)) for operator in BLOCK_OPERATORS]
 
         def misfit(block: int) -> float:
             errors = [time - math.log(math.ceil(c / block)) for time, c in zip(measured, BLOCK_WIDTHS, strict=True)]

@@ -1,5 +1,6 @@
 """The only place that looks up patterns and agents by name; everything else takes them as given."""
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -25,6 +26,16 @@ def pattern(name: str) -> Pattern:
     if name not in patterns():
         raise InputError(f"unknown pattern {name!r}; known are {', '.join(sorted(patterns()))}")
     return patterns()[name]
+
+
+def chosen_patterns(names: Sequence[str] | None) -> tuple[Pattern, ...]:
+    """The patterns of these names, in the registry's order; all for None. InputError for an unknown or no name."""
+    if names is None:
+        return tuple(patterns().values())
+    if not names:
+        raise InputError(f"no pattern is chosen; known are {', '.join(sorted(patterns()))}")
+    wanted = {pattern(name).name for name in names}
+    return tuple(known for name, known in patterns().items() if name in wanted)
 
 
 def agent(name: str) -> "Agent":

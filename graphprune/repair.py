@@ -7,7 +7,7 @@ layers correct what earlier ones lost; solving on dense inputs (Frantar & Alista
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from graphprune.calibration import positions_of, vectors
 from graphprune.cuts import Cuts
 from graphprune.exported import cut_program, plain_module
 from graphprune.graph import Layer, ModelGraph
-from graphprune.operators import Convolution
+from graphprune.operators import Mixture, Operator
 from graphprune.tracing import operator_name
 
 IMAGES = 256
@@ -44,17 +44,17 @@ class Reference:
 
 
 @torch.no_grad()
-def make_reference(graph: ModelGraph, batches: Sequence[Tensor]) -> Reference:
-    """Run the dense model on the first calibration images. `batches` are input batches [N, ...]."""
+def make_reference(graph: ModelGraph, batches: Sequence[Tensor], images: int = IMAGES) -> Reference:
+    """Run the dense model on the first calibration images, at most `images`. `batches` are input batches [N, ...]."""
     largest = max((_elements(node.shape) for node in graph.nodes), default=1)
-    count = max(8, min(IMAGES, LARGEST_ACTIVATION // largest))
-    images = torch.cat([batch[:count] for batch in batches[: -(-count // len(batches[0]))]])[:count]
+    count = max(8, min(images, LARGEST_ACTIVATION // largest))
+    chosen = torch.cat([batch[:count] for batch in batches[: -(-count // len(batches[0]))]])[:count]
     random = torch.Generator().manual_seed(0)
-    per_image = max(1, ROWS // len(images))
+    per_image = max(1, ROWS // len(chosen))
     positions = {layer.node: positions_of(layer, per_image, random) for layer in graph.layers if layer.weight}
     recorder = _Recorder(plain_module(graph.exported).eval(), positions)
-    recorder.run(images)
-    return Reference(images, positions, recorder.outputs)
+    recorder.run(chosen)
+    return Reference(chosen, positions, recorder.outputs)
 
 
 def _elements(shape: Sequence[int]) -> int:
@@ -88,10 +88,10 @@ def repair(pruned: nn.Module, model: nn.Module, graph: ModelGraph, cuts: Cuts, r
 
     A layer is left alone while nothing before it was cut, so that an empty cut changes nothing.
     """
-    if not cuts.keep and not cuts.windows:
+    if cuts == Cuts():
         return
     program = cut_program(graph, cuts, model)
-    _Solver(program, graph, cuts, reference).run(reference.images)
+    Solver(program, graph, cuts, reference).run(reference.images)
     solved = program.state_dict()
     state = pruned.state_dict()
     for name, value in solved.items():
@@ -99,15 +99,19 @@ def repair(pruned: nn.Module, model: nn.Module, graph: ModelGraph, cuts: Cuts, r
             state[name].copy_(value)
 
 
-class _Solver(fx.Interpreter):
+class Solver(fx.Interpreter):
     """Runs the cut graph; solves each layer before it is run, and lets batch norms see the images."""
 
-    def __init__(self, module: nn.Module, graph: ModelGraph, cuts: Cuts, reference: Reference) -> None:
+    def __init__(
+        self, module: nn.Module, graph: ModelGraph, cuts: Cuts, reference: Reference, pull: float = PULL
+    ) -> None:
         super().__init__(module)  # type: ignore[arg-type]
         self.layers = {layer.node: layer for layer in graph.layers if layer.weight}
         self.cuts = cuts
         self.reference = reference
+        self.pull = pull
         self.touched = False
+        self.behind = _behind(graph, cuts)
         attributes = [node for node in self.module.graph.nodes if node.op == "get_attr"]  # type: ignore[union-attr]
         self.uses: Counter[int] = Counter()
         for node in attributes:
@@ -115,31 +119,53 @@ class _Solver(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         layer = self.layers.get(n.name)
+        self.touched = self.touched or n.name in self.behind
         if layer is not None:
             self.touched = self.touched or self.cuts.operator(layer) != layer.operator
             if self.touched:
-                self._solve(n, layer)
+                self.solve(n, layer)
         if self.touched and operator_name(n) == "batch_norm":
             return self._normalise(n)
         return super().run_node(n)
 
-    def _solve(self, node: fx.Node, layer: Layer) -> None:
+    def solve(self, node: fx.Node, layer: Layer) -> None:
+        """Put the best weights of a layer, on the inputs that have reached it, in the place of the sliced ones."""
         arguments, _ = self.fetch_args_kwargs_from_env(node)
-        source, weight = arguments[0], arguments[1]
-        bias = arguments[2] if len(arguments) > 2 else None
-        if any(self.uses[id(shared)] > 1 for shared in (weight, bias) if shared is not None):
-            return  # tied: what is best for this layer is not for the others that use it
+        source = self.inputs(layer, arguments[0])
+        kept = torch.from_numpy(layer.outputs.kept(self.cuts.kept))
+        wanted, first = self.reference.outputs[layer.node][:, kept], 0
+        for operator, weight, bias in self._parts(node, layer, arguments):
+            if any(self.uses[id(shared)] > 1 for shared in (weight, bias) if shared is not None):
+                continue  # tied: what is best for this layer is not for the others that use it
+            inputs = vectors(source, operator, self.reference.positions[layer.node])
+            groups, targets = len(inputs), wanted[:, first : first + len(weight)]
+            first += len(weight)
+            targets = targets.reshape(len(targets), groups, -1).transpose(0, 1)
+            start = weight.reshape(groups, -1, inputs.shape[-1])
+            best, shift = least_squares(inputs, targets, start, self.free_mean(node, bias), self.pull)
+            weight.copy_(best.reshape(weight.shape))
+            if bias is not None:
+                bias.copy_(shift.reshape(-1))
+
+    def _parts(
+        self, node: fx.Node, layer: Layer, arguments: Sequence[Any]
+    ) -> Iterator[tuple[Operator, Tensor, Tensor | None]]:
+        """The operators that make a layer's outputs, one after the other, with their weights and biases."""
         operator = self.cuts.operator(layer)
-        groups = operator.groups if isinstance(operator, Convolution) else 1
-        inputs = vectors(source, operator, self.reference.positions[layer.node])
-        kept = torch.from_numpy(layer.outputs.kept(self.cuts.keep))
-        targets = self.reference.outputs[layer.node][:, kept]
-        targets = targets.reshape(len(targets), groups, -1).transpose(0, 1)
-        centred = bias is not None or [operator_name(user) for user in node.users] == ["batch_norm"]
-        best, shift = least_squares(inputs, targets, weight.reshape(groups, -1, inputs.shape[-1]), centred)
-        weight.copy_(best.reshape(weight.shape))
-        if bias is not None:
-            bias.copy_(shift.reshape(-1))
+        if not isinstance(operator, Mixture):
+            yield operator, arguments[1], arguments[2] if len(arguments) > 2 else None
+            return
+        mixed = self.fetch_attr(str(node.target))
+        for part, convolution in zip(operator.parts, mixed.parts, strict=True):
+            yield part, convolution.weight, convolution.bias
+
+    def inputs(self, layer: Layer, source: Tensor) -> Tensor:
+        """What the layer is solved on, for the activation that has reached it."""
+        return source
+
+    def free_mean(self, node: fx.Node, bias: Tensor | None) -> bool:
+        """Whether something takes up a constant shift of the layer's output."""
+        return bias is not None or [operator_name(user) for user in node.users] == ["batch_norm"]
 
     def _normalise(self, node: fx.Node) -> Tensor:
         """Batch norm over the images at hand, whose statistics it keeps from now on."""
@@ -148,11 +174,20 @@ class _Solver(fx.Interpreter):
         return functional.batch_norm(source, mean, variance, weight, bias, training=True, momentum=1.0, eps=epsilon)
 
 
-def least_squares(inputs: Tensor, targets: Tensor, start: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+def _behind(graph: ModelGraph, cuts: Cuts) -> set[str]:
+    """The nodes after the first sum that has lost a branch: what they read is not what it was."""
+    names = [node.name for node in graph.exported.graph.nodes]
+    first = min((names.index(branch.node) for branch in cuts.dropped), default=len(names))
+    return set(names[first + 1 :])
+
+
+def least_squares(
+    inputs: Tensor, targets: Tensor, start: Tensor, centred: bool, pull: float = PULL
+) -> tuple[Tensor, Tensor]:
     """The weights [groups, outputs, features] that map inputs [groups, rows, features] to targets, and the shift.
 
-    Minimises |targets - W inputs - shift|^2 + pull |W - start|^2 per group; the shift [groups, outputs] is 0 unless
-    `centred`.
+    Minimises |targets - W inputs - shift|^2 + strength |W - start|^2 per group, where the strength is `pull` times the
+    inputs' mean second moment; the shift [groups, outputs] is 0 unless `centred`.
     """
     mean_in, mean_out = inputs.mean(1, keepdim=True), targets.mean(1, keepdim=True)
     if not centred:
@@ -160,8 +195,8 @@ def least_squares(inputs: Tensor, targets: Tensor, start: Tensor, centred: bool)
     x, y = inputs - mean_in, targets - mean_out
     gram, cross = torch.bmm(x.transpose(1, 2), x).double(), torch.bmm(x.transpose(1, 2), y).double()
     diagonal = torch.diagonal(gram, dim1=1, dim2=2)
-    pull = (PULL * diagonal.mean(1) + 1e-9)[:, None, None]
-    gram = gram + pull * torch.eye(gram.shape[-1], dtype=gram.dtype)
-    best = torch.linalg.solve(gram, cross + pull * start.double().transpose(1, 2)).transpose(1, 2)
+    strength = (pull * diagonal.mean(1) + 1e-9)[:, None, None]
+    gram = gram + strength * torch.eye(gram.shape[-1], dtype=gram.dtype)
+    best = torch.linalg.solve(gram, cross + strength * start.double().transpose(1, 2)).transpose(1, 2)
     shift = mean_out[:, 0].double() - torch.einsum("gof,gf->go", best, mean_in[:, 0].double())
     return best.to(start.dtype), shift.to(start.dtype)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,12 +25,13 @@ from graphprune.export import onnx_bytes
 from graphprune.graph import ModelGraph
 from graphprune.machine import environment
 from graphprune.measure import share
+from graphprune.pattern import Pattern
 from graphprune.plan import Plan
 from graphprune.problem import BudgetSpent, Choices, Factor, Problem, Sum
 from graphprune.profile import Profile
 from graphprune.record import Record
 from graphprune.registry import agent as create_agent
-from graphprune.registry import patterns
+from graphprune.registry import chosen_patterns
 from graphprune.repair import make_reference
 from graphprune.result import Result
 from graphprune.study import Study, label
@@ -38,6 +40,9 @@ from graphprune.target import Target
 from graphprune.task import Task
 from graphprune.tracing import trace
 from graphprune.views import graph_view
+
+if TYPE_CHECKING:
+    from graphprune.agents.base import Agent
 
 Progress = Callable[[str, int, int, str], None]
 """Called with the stage, the steps done, their number, and a note such as the best result so far."""
@@ -61,32 +66,35 @@ def search(  # noqa: PLR0913 - the public entry: what is searched, for what, by 
     model: nn.Module | str,
     task: Task,
     target: Target,
-    agent: str = "autosculpt",
+    agent: "str | Agent" = "autosculpt",
     trials: int = 200,
     seed: int = 0,
     *,
     engine: Engine | None = None,
     study: str | Path | None = None,
     rivals: Sequence[str] = (),
+    patterns: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Find the most accurate pruned model that meets the target, with at most `trials` evaluations by each agent.
 
-    `model` is a module or a spec string. `engine` (ONNX Runtime, one thread) is what latency means. `study` is an
-    SQLite file or a storage URL: a killed search that is started again with the same arguments goes on where it was.
-    `rivals` names agents that get the same problem for comparison. Never fine-tunes. Raises InputError for input that
-    cannot be used, TargetError, with the best that can be reached, where no plan meets the target.
+    `model` is a module or a spec string; `agent` a name, or an agent of your own (one with a loaded policy, say).
+    `engine` (ONNX Runtime, one thread) is what latency means. `study` is an SQLite file or a storage URL: a killed
+    search that is started again with the same arguments goes on where it was. `rivals` names agents that get the same
+    problem for comparison, `patterns` those that may be used; None is all of them. Never fine-tunes. Raises InputError
+    for input that cannot be used, TargetError, with the best that can be reached, where no plan meets the target.
     """
     if trials < 1:
         raise InputError(f"a search needs at least one trial, not {trials}")
-    for name in (agent, *rivals):
-        create_agent(name)
+    searcher = create_agent(agent) if isinstance(agent, str) else agent
+    others = [create_agent(name) for name in rivals]
+    allowed = chosen_patterns(patterns)
     spec, module = (model, models.create(model)) if isinstance(model, str) else ("", model)
-    session = _Session.prepare(module, task, target, engine or OnnxRuntimeEngine(), study, progress or _quiet)
-    problem = session.solve(agent, trials, seed)
-    result = session.verify(problem, agent, seed)
-    others = {name: session.verify(session.solve(name, trials, seed), name, seed).record for name in rivals}
-    return replace(result, spec=spec, rivals=others, study="" if study is None else str(study))
+    session = _Session.prepare(module, task, target, engine or OnnxRuntimeEngine(), allowed, study, progress or _quiet)
+    problem = session.solve(searcher, trials, seed)
+    result = session.verify(problem, searcher.name, seed)
+    records = {one.name: session.verify(session.solve(one, trials, seed), one.name, seed).record for one in others}
+    return replace(result, spec=spec, rivals=records, study="" if study is None else str(study))
 
 
 @dataclass
@@ -110,8 +118,9 @@ class _Session:
 
     @classmethod
     def prepare(
-        cls, module: nn.Module, task: Task, target: Target, engine: Engine, study: str | Path | None, progress: Progress
-    ) -> "_Session":
+        cls, module: nn.Module, task: Task, target: Target, engine: Engine, allowed: Sequence[Pattern],
+        study: str | Path | None, progress: Progress,
+    ) -> "_Session":  # fmt: skip
         """Trace, profile, calibrate, and build the tables."""
         progress("trace", 0, 1, "")
         graph = remember(module, trace(module, task.example_inputs))
@@ -129,16 +138,16 @@ class _Session:
         progress("trace", 1, 1, f"{len(graph.nodes)} operators, {len(graph.all_sites)} sites")
         statistics = calibrate(graph, task.calibration, lambda done, total: progress("calibrate", done, total, ""))
         profile = Profile(engine)
-        candidates = Candidates(graph, profile, list(patterns().values()), statistics)
+        candidates = Candidates(graph, profile, allowed, statistics)
         candidates.collect(lambda done, total: progress("profile", done, total, "operators"))
         costs = {
-            "latency": candidates.cost(profile.seconds, _seconds(profile, graph)),
+            "latency": latency_cost(candidates),
             "flops": candidates.cost(lambda operator: operator.flops, counts.flops),
             "params": candidates.cost(lambda operator: operator.parameters, counts.params),
         }
         limits = target.shares({"latency": timing.median, "flops": counts.flops, "params": counts.params})
         bench = Workbench(module, graph, make_reference(graph, task.calibration), task)
-        store = Study.open(study, _study_name(module, graph, task, engine), _labels(candidates))
+        store = Study.open(study, _study_name(module, graph, task, engine), _labels(graph, profile.block))
         session = cls(
             module, graph, task, target, engine, candidates, bench, costs, limits, candidates.error(), store,
             dense, dense_onnx, progress,
@@ -193,14 +202,14 @@ class _Session:
             return
         problem = self.problem(PROBES, self._aims())
         evaluator = self._evaluator(problem, "probe", 0)
-        rng, ratios = np.random.default_rng(PROBE_SEED), []
+        rng, pairs = np.random.default_rng(PROBE_SEED), []
         for number in range(PROBES):
             choices = random_walk(problem, rng)
-            measured, saved = evaluator.probe(choices).measured, 1 - self.costs["latency"](choices)
-            if measured is not None and saved > LEAST_SAVED:
-                ratios.append((1 - measured.value) / saved)
+            measured = evaluator.probe(choices).measured
+            if measured is not None:
+                pairs.append((self.costs["latency"](choices), measured.value))
             self.progress("profile", number + 1, PROBES, "whole models")
-        self.costs["latency"] = corrected(self.costs["latency"], median(ratios or [1.0]))
+        self.costs["latency"] = corrected(self.costs["latency"], saving_factor(pairs))
 
     def _evaluator(self, problem: Problem, agent: str, seed: int) -> Evaluator:
         return Evaluator(
@@ -210,17 +219,17 @@ class _Session:
 
     # --- search and verification -----------------------------------------------------------------------------------
 
-    def solve(self, agent: str, trials: int, seed: int) -> Problem:
+    def solve(self, agent: "Agent", trials: int, seed: int) -> Problem:
         """Run one agent; its records are in the problem."""
         problem = self.problem(trials, self._aims())
-        evaluator = self._evaluator(problem, agent, seed)
-        evaluator.listener = lambda record: self._report(problem, agent)
+        evaluator = self._evaluator(problem, agent.name, seed)
+        evaluator.listener = lambda record: self._report(problem, agent.name)
         problem.evaluator = evaluator
         with suppress(BudgetSpent):
-            create_agent(agent).run(problem, np.random.default_rng(seed))
+            agent.run(problem, np.random.default_rng(seed))
         if not any(record.accuracy is not None for record in problem.records):
             reasons = sorted({record.error for record in problem.records if record.error}) or ["none was tried"]
-            raise StepError(f"no candidate of {agent} could be evaluated: {'; '.join(reasons)}")
+            raise StepError(f"no candidate of {agent.name} could be evaluated: {'; '.join(reasons)}")
         return problem
 
     def _report(self, problem: Problem, agent: str) -> None:
@@ -331,6 +340,17 @@ def random_walk(problem: Problem, rng: np.random.Generator) -> Choices:
     return choices
 
 
+def latency_cost(candidates: Candidates) -> Sum:
+    """The predicted latency share: the sum of the layers' times."""
+    return candidates.cost(candidates.profile.seconds, _seconds(candidates.profile, candidates.graph))
+
+
+def saving_factor(pairs: Sequence[tuple[float, float]]) -> float:
+    """What whole models save / what their layers' sum says, the median over (predicted, measured) latency shares."""
+    ratios = [(1 - measured) / (1 - predicted) for predicted, measured in pairs if 1 - predicted > LEAST_SAVED]
+    return median(ratios or [1.0])
+
+
 def corrected(cost: Sum, factor: float) -> Sum:
     """A cost share whose savings are multiplied by `factor`; the dense model stays at 1."""
     factor = factor if isfinite(factor) and factor > 0 else 1.0
@@ -338,11 +358,21 @@ def corrected(cost: Sum, factor: float) -> Sum:
     return Sum(1 - factor + factor * cost.constant, factors)
 
 
-def _labels(candidates: Candidates) -> dict[str, list[str]]:
-    return {
-        site.name: [label(draft.pattern, draft.level) for draft in candidates.drafts[site.name][1:]]
-        for site in candidates.sites
+def _labels(graph: ModelGraph, block: int) -> dict[str, list[str]]:
+    """What any pattern could do at each site, chosen for this search or not.
+
+    A plan is a plan, so searches with other patterns share the study, and its columns are fixed when it is made.
+    """
+    options = {
+        site.name: [
+            label(pattern.name, level.name)
+            for pattern in chosen_patterns(None)
+            if site.kind in pattern.kinds
+            for level in pattern.levels(site, block)
+        ]
+        for site in graph.all_sites
     }
+    return {site: labels for site, labels in options.items() if labels}
 
 
 def _study_name(module: nn.Module, graph: ModelGraph, task: Task, engine: Engine) -> str:

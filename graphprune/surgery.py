@@ -8,18 +8,21 @@ no attribute reaches, the exported graph itself, with its literals rewritten, is
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from graphprune.branches import gone_parameters, outermost
 from graphprune.cuts import Cuts, resolve
 from graphprune.errors import StepError
 from graphprune.exported import cut_program, literal_changes
 from graphprune.graph import ModelGraph
 from graphprune.plan import Plan
 from graphprune.tracing import copied, first_line, state_of, trace
-from graphprune.window import windowed
+from graphprune.window import mixed, windowed
+from graphprune.zeros import Zero
 
 TOLERANCE = 100
 """How far the module may be from the exported graph: so many rounding steps of the largest output. Both compute the
@@ -130,7 +133,12 @@ def cut_module(
         path = graph.layer[node].module
         pruned.set_submodule(path, windowed(pruned.get_submodule(path), window))  # type: ignore[arg-type]
     _slice_parameters(pruned, graph, cuts)
+    for node in cuts.mixes:
+        layer = graph.layer[node]
+        conv = pruned.get_submodule(layer.module)
+        pruned.set_submodule(layer.module, mixed(conv, cuts.runs(layer)))  # type: ignore[arg-type]
     _follow_literals(pruned, graph, cuts, frozenset(attributes))
+    _drop_branches(pruned, graph, cuts)
     return _with_modes_of(model, pruned)
 
 
@@ -144,12 +152,12 @@ def _slice_parameters(pruned: nn.Module, graph: ModelGraph, cuts: Cuts) -> None:
                     owners.setdefault(id(value), []).append((module, name))
     for parameter in graph.parameters:
         value = state[parameter.name]
-        touched = [axis for axis, form in enumerate(parameter.axes) if form.atoms() & cuts.keep.keys()]
+        touched = [axis for axis, form in enumerate(parameter.axes) if form.atoms() & cuts.kept.keys()]
         if not touched or id(value) not in owners:
             continue
         small = value.detach()
         for axis in touched:
-            index = torch.from_numpy(parameter.axes[axis].kept(cuts.keep)).to(value.device)
+            index = torch.from_numpy(parameter.axes[axis].kept(cuts.kept)).to(value.device)
             small = small.index_select(axis, index)
         small = nn.Parameter(small, value.requires_grad) if isinstance(value, nn.Parameter) else small
         for module, attribute in owners.pop(id(value)):
@@ -186,6 +194,20 @@ def _follow_literals(pruned: nn.Module, graph: ModelGraph, cuts: Cuts, attribute
             for attribute, value in original.items():
                 if (type(module).__name__, attribute) in attributes and _holds(value, old):
                     setattr(module, attribute, new)
+
+
+def _drop_branches(pruned: nn.Module, graph: ModelGraph, cuts: Cuts) -> None:
+    """Nothing is left of a branch but zeros; parameters that other modules hold for it become None."""
+    for branch in outermost(cuts.dropped):
+        for path in branch.modules:
+            pruned.set_submodule(path, Zero())
+    for name in gone_parameters(graph, cuts.dropped):
+        path, _, attribute = name.rpartition(".")
+        with suppress(AttributeError):  # gone already, with the module that held it
+            owner = pruned.get_submodule(path)
+            store = owner._parameters if attribute in owner._parameters else owner._buffers
+            if attribute in store:
+                store[attribute] = None
 
 
 def _as_tuple(value: object) -> object:

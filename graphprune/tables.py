@@ -1,16 +1,16 @@
 """The tables that people read: what is cut together, and where which pattern may be used."""
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any, overload
 
-from graphprune.cuts import Cuts
-from graphprune.graph import Group, ModelGraph, Site
-from graphprune.pattern import Level, Pattern
-from graphprune.profile import Profile
+from graphprune.cases import Case, cases, legal_cases, operators
+from graphprune.graph import Group, ModelGraph
+from graphprune.pattern import Pattern
+from graphprune.profile import MOST_GAIN, Profile
 from graphprune.registry import patterns
 
 WIDTH = 120
@@ -21,6 +21,12 @@ NAME = 36
 
 BLOCK = 16
 """Rows of a vector block where no profile was made."""
+
+SOLID = "\N{NO-BREAK SPACE}"
+"""A space at which no line is broken."""
+
+REPEATED = 40
+"""A longer text is told once: rows with the same text name the first one of them."""
 
 OBVIOUS = ("a convolution slides over it", "it is an input of the model", "spatial")
 """Reasons that nobody needs to be told: groups frozen by nothing else are left out of the printed table."""
@@ -48,7 +54,8 @@ class GroupTable(Sequence[Group]):
             (group.name, group.kind, str(group.size), str(group.unit), _members(group), _status(group))
             for group in shown
         ]
-        lines = _layout(("group", "kind", "size", "unit", "parameters", "may it be cut?"), rows, numbers=(2, 3))
+        headings = ("group", "kind", "size", "unit", "parameters", "may it be cut?")
+        lines = layout(headings, _told_once(rows, (1, 2, 3)), numbers=(2, 3))
         if len(shown) < len(self):
             lines.append(f"not shown: {len(self) - len(shown)} frozen for an obvious reason (inputs, kernel positions)")
         cut = {group.atom for group in self if not group.frozen and _patterns(group.kind)}
@@ -96,9 +103,11 @@ class SiteTable(Sequence[SiteRow]):
     def rows(self) -> tuple[SiteRow, ...]:
         """The rows, in the order of the graph."""
         if self.profile is not None:
-            self.profile.fill(self._operators(self.profile.block))
+            self.profile.fill(operators(self.graph, list(patterns().values()), self.profile.block))
+        found = self._cases()
         return tuple(
-            SiteRow(site.name, site.kind, site.size, tuple(self._levels(site))) for site in self.graph.all_sites
+            SiteRow(site.name, site.kind, site.size, tuple(map(self._level, found.get(site.name, ()))))
+            for site in self.graph.all_sites
         )
 
     @overload
@@ -124,7 +133,8 @@ class SiteTable(Sequence[SiteRow]):
             cells = (row.name, row.kind, str(row.size))
             found = [(name, _summary(levels)) for name, levels in groupby(row.levels, lambda level: level.pattern)]
             rows += [(*cells, name, levels) for name, levels in found or [("-", self._why_none(row))]]
-        lines = _layout(("site", "kind", "size", "pattern", heading), rows, numbers=(2,))
+        told = _told_once(rows, (1, 2, 3))
+        lines = layout(("site", "kind", "size", "pattern", heading), told, numbers=(2,))
         nodes = {node for row in self if row.levels for node in self.graph.site[row.name].layers}
         lines.append(f"sites with a choice reach {_reach(self.graph, nodes)}")
         return "\n".join(lines)
@@ -133,33 +143,24 @@ class SiteTable(Sequence[SiteRow]):
         site = self.graph.site[row.name]
         block = self.profile.block if self.profile else BLOCK
         if not _patterns(site.kind):
-            return f"no pattern cuts a {site.kind}"
+            return "no pattern cuts it"
         possible = any(pattern.levels(site, block) for pattern in _patterns(site.kind))
-        return "nothing gains beyond noise" if possible else f"too small for a level (blocks of {block})"
+        if possible:
+            return "nothing gains beyond noise"
+        rows, columns = site.kernel
+        return f"no level for {rows}x{columns}" if site.atom < 0 else f"too small for a level (blocks of {block})"
 
-    def _levels(self, site: Site) -> Iterator[SiteLevel]:
-        for pattern in _patterns(site.kind):
-            if self.profile is None:
-                yield from (SiteLevel(pattern.name, x.name, x.count, None) for x in pattern.levels(site, BLOCK))
-                continue
-            for level in pattern.legal(self.graph, site, self.profile):
-                layers = [self.graph.layer[node] for node in site.layers]
-                cuts = _cuts(pattern, site, level)
-                gain = self.profile.gain((x.operator for x in layers), (cuts.operator(x) for x in layers))
-                yield SiteLevel(pattern.name, level.name, level.count, gain)
+    def _cases(self) -> dict[str, list[Case]]:
+        """What the table shows, by site."""
+        block = self.profile.block if self.profile else BLOCK
+        found: Iterable[Case] = list(cases(self.graph, list(patterns().values()), block))
+        if self.profile is not None:
+            found = legal_cases(found, self.graph, self.profile)
+        return {name: list(same) for name, same in groupby(found, lambda case: case.site.name)}
 
-    def _operators(self, block: int) -> Iterator[Any]:
-        """All operators that the table asks for, so that they are measured together."""
-        for site in self.graph.all_sites:
-            layers = [self.graph.layer[node] for node in site.layers]
-            for pattern in _patterns(site.kind):
-                for level in pattern.levels(site, block):
-                    cuts = _cuts(pattern, site, level)
-                    yield from (operator for x in layers for operator in (x.operator, cuts.operator(x)))
-
-
-def _cuts(pattern: Pattern, site: Site, level: Level) -> Cuts:
-    return pattern.rewrite(site, level.keep or tuple(range(level.count)))
+    def _level(self, case: Case) -> SiteLevel:
+        gain = self.profile.gain(case.dense, case.cut) if self.profile else None
+        return SiteLevel(case.pattern.name, case.level.name, case.level.count, gain)
 
 
 def _patterns(kind: str) -> list[Pattern]:
@@ -177,9 +178,28 @@ def _members(group: Group) -> str:
 
 def _status(group: Group) -> str:
     if group.frozen:
-        return f"no: {'; '.join(group.frozen)}"
+        return f"no: {'; '.join(_without_place(reason, group.name) for reason in group.frozen)}"
     names = [pattern.name for pattern in _patterns(group.kind)]
-    return f"yes: {', '.join(names)}" if names else f"no pattern cuts a {group.kind}"
+    return f"yes: {', '.join(names)}" if names else "no pattern cuts it"
+
+
+def _without_place(reason: str, name: str) -> str:
+    """The reason without `in MODULE`, where that is the module which the group is named after, or around it."""
+    before, found, module = reason.removesuffix(")").rpartition(" in ")
+    return f"{before})" if found and reason.endswith(")") and f"{name}.".startswith(f"{module}.") else reason
+
+
+def _told_once(rows: Iterable[tuple[str, ...]], same: Sequence[int]) -> list[tuple[str, ...]]:
+    """Rows whose last cell, if long, points to an earlier row that agrees in it and in the columns `same`."""
+    first: dict[tuple[str, ...], str] = {}
+    told = []
+    for row in rows:
+        text = row[-1]
+        name = first.setdefault((*(row[column] for column in same), text), row[0])
+        if name != row[0] and len(text) > REPEATED:
+            text = f"{'no: ' if text.startswith('no: ') else ''}as {shortened(name, NAME)}"
+        told.append((*row[:-1], text))
+    return told
 
 
 def _summary(levels: Iterable[SiteLevel]) -> str:
@@ -189,9 +209,13 @@ def _summary(levels: Iterable[SiteLevel]) -> str:
         members = list(same)
         name = members[0].level if len(members) == 1 else shape
         gains = sorted(level.gain for level in members if level.gain is not None)
-        ends = list(dict.fromkeys(f"{gain:.2f}" for gain in (*gains[:1], *gains[-1:])))
-        parts.append(f"{name}: {'-'.join(ends)}x" if ends else name)
+        ends = list(dict.fromkeys(map(_factor, (*gains[:1], *gains[-1:]))))
+        parts.append((f"{name}: {'-'.join(ends)}x" if ends else name).replace(" ", SOLID))
     return ", ".join(parts)
+
+
+def _factor(gain: float) -> str:
+    return f"{gain:.2f}" if gain < MOST_GAIN else f"over {MOST_GAIN:.0f}"
 
 
 def _reach(graph: ModelGraph, nodes: set[str]) -> str:
@@ -206,7 +230,7 @@ def shortened(text: str, width: int) -> str:
     return text if len(text) <= width else f"…{text[1 - width :]}"
 
 
-def _layout(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[str]:
+def layout(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[str]:
     """Aligned lines of at most `WIDTH` columns; the last column takes what is left, and wraps."""
     cells = [[shortened(cell, NAME) for cell in row[:-1]] for row in (headings, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -220,4 +244,4 @@ def _layout(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Seq
         first, *rest = textwrap.wrap(row[-1], max(20, left)) or [""]
         indent = " " * (sum(widths) + 2 * len(widths))
         lines += ["  ".join([*padded, first]).rstrip(), *(indent + line for line in rest)]
-    return lines
+    return [line.replace(SOLID, " ") for line in lines]

@@ -1,4 +1,7 @@
-"""A convolution with a smaller kernel than it had: one-sided padding, and a crop where the window is off-centre."""
+"""A convolution with a smaller kernel than it had: one-sided padding, and a crop where the window is off-centre.
+
+All filters have the same window (`WindowConv2d`), or each run of filters has one of its own (`MixedConv2d`).
+"""
 
 from collections.abc import Sequence
 
@@ -77,3 +80,37 @@ def windowed(conv: nn.Conv2d, window: Window) -> WindowConv2d:
     if conv.bias is not None:
         small.bias = nn.Parameter(conv.bias.detach().clone(), conv.bias.requires_grad)
     return small.train(conv.training)
+
+
+class MixedConv2d(nn.Module):
+    """Convolutions of one input side by side, a kernel window for each; their outputs are concatenated."""
+
+    def __init__(self, parts: Sequence[WindowConv2d]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> [N, outputs, H', W'], the same H' and W' as with the whole kernel."""
+        return torch.cat([part(input) for part in self.parts], 1)
+
+
+def mixed(conv: nn.Conv2d, runs: Sequence[tuple[Window, int]]) -> MixedConv2d:
+    """The convolution with a window of its kernel for each run of so many filters, sharing nothing with `conv`."""
+    parts, first = [], 0
+    for window, count in runs:
+        parts.append(windowed(_filters(conv, slice(first, first + count)), window))
+        first += count
+    return MixedConv2d(parts).train(conv.training)
+
+
+def _filters(conv: nn.Conv2d, which: slice) -> nn.Conv2d:
+    """A convolution with some of the filters, which views the weights of `conv`."""
+    weight = conv.weight.detach()[which]
+    part = nn.Conv2d(
+        conv.in_channels, len(weight), conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
+        bias=conv.bias is not None, device="meta", dtype=weight.dtype,
+    )  # fmt: skip
+    part.weight = nn.Parameter(weight, conv.weight.requires_grad)
+    if conv.bias is not None:
+        part.bias = nn.Parameter(conv.bias.detach()[which], conv.bias.requires_grad)
+    return part

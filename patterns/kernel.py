@@ -15,7 +15,7 @@ _SIDES: dict[int, tuple[str, ...]] = {1: ("left", "centre", "right"), 2: ("left"
 
 
 class Kernel(Pattern):
-    """Columns, rows, 2x2, 3x2, 2x3 and the centre of a 3x3 kernel; the middle row, column and 3x3 of larger ones.
+    """Every smaller rectangle of a 3x3 kernel; the middle row, column and 3x3 of larger ones.
 
     The window keeps its place: one-sided padding makes it read what it read inside the whole kernel. A one-wide
     window away from the centre also needs a crop, and is timed with it.
@@ -25,7 +25,7 @@ class Kernel(Pattern):
     kinds: ClassVar[frozenset[str]] = frozenset({"kernel"})
 
     def levels(self, site: Site, block: int) -> tuple[Level, ...]:
-        """Every window of a 3x3 kernel but off-centre 1x1, and the centred windows of odd larger kernels."""
+        """Every window of a 3x3 kernel, and the centred windows of odd larger kernels."""
         if site.kernel == (3, 3):
             return _small_windows()
         if all(side % 2 and side > 3 for side in site.kernel):
@@ -43,11 +43,12 @@ class Kernel(Pattern):
 
 def _small_windows() -> tuple[Level, ...]:
     levels = []
-    for height, width in ((3, 2), (2, 3), (2, 2), (3, 1), (1, 3)):
+    for height, width in ((3, 2), (2, 3), (2, 2), (3, 1), (1, 3), (1, 1)):
         for row, column in product(range(4 - height), range(4 - width)):
             place = " ".join(_PLACES[height][row : row + 1] + _SIDES[width][column : column + 1])
-            levels.append(_level(f"{height}x{width} {place}", 3, (row, row + height), (column, column + width)))
-    return (*levels, _level("1x1 centre", 3, (1, 2), (1, 2)))
+            name = f"{height}x{width} {place}".replace("middle centre", "centre")
+            levels.append(_level(name, 3, (row, row + height), (column, column + width)))
+    return tuple(levels)
 
 
 def _centred_windows(height: int, width: int) -> tuple[Level, ...]:

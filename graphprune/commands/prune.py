@@ -49,6 +49,9 @@ class Prune(Verb):
     rivals: Annotated[
         str, typer.Option(metavar="NAMES", help="Agents to compare with, e.g. uniform,dp.", show_default=False)
     ] = ""
+    patterns: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="What may be cut, e.g. filter,kernel. Default: every pattern.")
+    ] = None
     trials: Annotated[int, typer.Option(metavar="N", help="Plans that may be evaluated.")] = 200
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the search and of the data slices.")] = 0
     epochs: Annotated[int, typer.Option(metavar="N", help="Epochs of fine-tuning afterwards; 0: none.")] = 10
@@ -79,7 +82,8 @@ class Prune(Verb):
                 self.seed,
                 engine=engine,
                 study=self.study or self.out / STUDY,
-                rivals=[name.strip() for name in self.rivals.split(",") if name.strip()],
+                rivals=_names(self.rivals),
+                patterns=None if self.patterns is None else _names(self.patterns),
                 progress=bars.update,
             )
             result = replace(result, spec=self.model, notes=(*self._warnings(), *result.notes))
@@ -104,6 +108,11 @@ class Prune(Verb):
         if self.weights is not None or spec.pretrained or not spec.library:
             return ()
         return ("the dense model is untrained: neither --weights nor pretrained=True is given",)
+
+
+def _names(text: str) -> list[str]:
+    """The names in a list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)

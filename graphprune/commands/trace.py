@@ -1,7 +1,6 @@
 """`trace` and `profile`: what a model is made of, what may be cut, and what the engine would gain from it."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -17,7 +16,6 @@ from graphprune.console import Bars
 
 if TYPE_CHECKING:
     from graphprune.graph import ModelGraph
-    from graphprune.operators import Operator
     from graphprune.profile import Profile as OperatorProfile
 
 
@@ -62,7 +60,7 @@ class Trace(Verb):
 class Profile(Verb):
     """Time the layers of MODEL, dense and under each pattern, and keep the times for this machine.
 
-    Without MODEL: what is known of this machine's engine.
+    Without MODEL: typical layers, which takes up to three minutes for the first time.
     """
 
     stopped: ClassVar[str] = "stopped; all times measured so far are kept"
@@ -70,25 +68,45 @@ class Profile(Verb):
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=base.MODELS, show_default=False)] = None
     input_size: InputSize = None
     threads: Threads = 1
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw what patterns gain as a heat map: FILE.png, .svg or .pdf.")
+    ] = None
 
     def run(self) -> Answer:
-        """Measure, print what each layer costs and what a pattern gains."""
+        """Measure, print what each layer costs and what each level of each pattern gains."""
+        from graphprune import grid, heatmap
+        from graphprune.registry import patterns
+
+        if self.picture is not None:
+            heatmap.check(self.picture)
         profile = operator_profile(self.threads)
-        about: dict[str, Any] = {"engine": profile.engine.identity, "cache": str(profile.cache)}
-        if self.model is None:
-            facts = about | {"block": profile.block, "noise": profile.noise}
-            return Answer(facts, (_about(profile),))
-        graph = traced(self.model, None, self.input_size)
-        measure_all(graph, profile)
-        sites = graph.sites(profile)
-        times = {layer.node: profile.seconds(layer.operator) for layer in graph.layers}
-        facts = about | {
-            "model": self.model,
+        with Bars() as bars:
+            graphs = self._graphs(bars)
+            cells = grid.cells(graphs, profile, list(patterns().values()), bars.stage("profile"))
+        facts: dict[str, Any] = {
+            "engine": profile.engine.identity,
+            "cache": str(profile.cache),
+            "block": profile.block,
             "noise": profile.noise,
-            "layers": {node: None if math.isnan(seconds) else seconds for node, seconds in times.items()},
-            **sites.to_dict(),
+            "cells": [cell.to_dict() for cell in cells],
         }
-        return Answer(facts, (_about(profile), _layer_table(graph, times), Text(str(sites))))
+        title = f"{self.model or 'typical layers'}, {profile.engine.identity}"
+        picture = () if self.picture is None else (f"picture: {heatmap.draw(cells, self.picture, title)}",)
+        gains = Text(grid.table(cells))
+        if self.model is None:
+            return Answer(facts, (_about(profile), gains, *picture))
+        (graph,) = graphs.values()
+        times = {layer.node: profile.seconds(layer.operator) for layer in graph.layers}
+        layers = {node: None if math.isnan(seconds) else seconds for node, seconds in times.items()}
+        facts |= {"model": self.model, "layers": layers, **graph.sites(profile).to_dict()}
+        return Answer(facts, (_about(profile), _layer_table(graph, times), gains, *picture))
+
+    def _graphs(self, bars: Bars) -> "dict[str, ModelGraph]":
+        from graphprune import grid
+
+        if self.model is not None:
+            return {"": traced(self.model, None, self.input_size)}
+        return grid.typical_graphs(bars.stage("trace"))
 
 
 def operator_profile(threads: int) -> "OperatorProfile":
@@ -108,20 +126,12 @@ def traced(spec: str, weights: Path | None, size: int | None) -> "ModelGraph":
 
 def measure_all(graph: "ModelGraph", profile: "OperatorProfile") -> None:
     """Time, with a progress bar, whatever the tables of this graph will ask for and the cache does not hold."""
+    from graphprune.cases import operators
+    from graphprune.registry import patterns
+
+    wanted = operators(graph, list(patterns().values()), profile.block)
     with Bars() as bars:
-        profile.fill(list(_operators(graph, profile.block)), lambda done, total: bars.update("profile", done, total))
-
-
-def _operators(graph: "ModelGraph", block: int) -> Iterator["Operator"]:
-    """Every layer dense and under every level of every pattern; which units stay does not matter to the time."""
-    from graphprune import registry
-
-    yield from (layer.operator for layer in graph.layers)
-    for site in graph.all_sites:
-        for pattern in registry.patterns().values():
-            for level in pattern.levels(site, block) if site.kind in pattern.kinds else ():
-                cuts = pattern.rewrite(site, level.keep or tuple(range(level.count)))
-                yield from (cuts.operator(graph.layer[node]) for node in site.layers)
+        profile.fill(wanted, bars.stage("profile"))
 
 
 def _about(profile: "OperatorProfile") -> str:

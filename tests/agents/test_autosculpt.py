@@ -7,12 +7,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from graphprune.agents import create
 from graphprune.agents.autosculpt import AutoSculpt, Search, only_plan
+from graphprune.counting import count
+from graphprune.engines.fake import FakeEngine
 from graphprune.errors import InputError
 from graphprune.problem import BudgetSpent, Problem
+from graphprune.search import search
+from graphprune.target import Target
 from tests.agents.toys import accuracy_of, feasible_plans, problem
+from tests.graphprune import tiny
 
 SEEDS = range(10)
 TOY = 4
@@ -85,6 +91,43 @@ def test_a_policy_moves_to_a_problem_of_another_size(tmp_path: Path) -> None:
     assert len(other.records) == 4
     second.save_policy(tmp_path / "after.safetensors")
     assert any(not torch.equal(value, saved[name]) for name, value in load_file(tmp_path / "after.safetensors").items())
+
+
+class Wider(nn.Module):
+    """Another network than `tiny.network`: other operators, sites and options."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 48, 3, 2, 1)
+        self.block = nn.Conv2d(48, 48, 3, 1, 1)
+        self.hidden = nn.Linear(48, 128)
+        self.head = nn.Linear(128, tiny.CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        x = x + self.block(x).relu()
+        return self.head(nn.functional.gelu(self.hidden(x.mean((2, 3)))))
+
+
+def test_one_traced_model_is_pruned_with_the_policy_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path / "cache"))
+    engine, target, task = FakeEngine(), Target(latency=0.7), tiny.task()
+    teacher = AutoSculpt()
+    first = search(tiny.fitted(), task, target, teacher, trials=3, engine=engine)
+    teacher.save_policy(tmp_path / "policy.safetensors")
+    started: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(Search, "warm_up", lambda self, updates: started.append(self.weights()))
+    pupil = AutoSculpt()
+    pupil.load_policy(tmp_path / "policy.safetensors")
+    torch.manual_seed(0)
+    second = search(Wider().eval(), task, target, pupil, trials=3, engine=engine)
+    saved = load_file(tmp_path / "policy.safetensors")
+    assert all(torch.equal(started[0][name], value) for name, value in saved.items())
+    assert {site.kind for site in first.graph.all_sites} != {site.kind for site in second.graph.all_sites}
+    assert len(first.graph.all_sites) != len(second.graph.all_sites)
+    assert isinstance(second.model, Wider)
+    assert second.met
+    assert count(second.model, task.example_inputs).flops < count(second.dense, task.example_inputs).flops
 
 
 def test_bad_policies_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
 from graphprune.export import onnx_bytes
 from graphprune.graph import ModelGraph, Site
-from graphprune.pattern import Level, Pattern
+from graphprune.pattern import Level, Pattern, Scores
 from graphprune.plan import Choice, Plan
 from graphprune.profile import Profile
 from graphprune.registry import pattern as pattern_called
@@ -65,7 +65,15 @@ def places(pattern: Pattern, dtype: torch.dtype = torch.float64) -> Iterator[tup
 
 def kept(pattern: Pattern, site: Site, level: Level) -> tuple[int, ...]:
     """What the pattern keeps with scores that differ and have no order."""
-    return pattern.choose(site, level, np.random.default_rng(site.size).permutation(site.size).astype(np.float64))
+    return pattern.choose(site, level, random_scores(pattern, site, site.size))
+
+
+def random_scores(pattern: Pattern, site: Site, seed: int) -> Scores:
+    """Distinct scores, of units or of the windows of each filter."""
+    windows = len(pattern.windows(site))
+    shape = (site.filters, windows) if windows else (site.size,)
+    scores = np.random.default_rng(seed).permutation(np.prod(shape))
+    return scores.reshape(shape).astype(np.float64)
 
 
 def cases(pattern: Pattern) -> Iterator[tuple[Network, Site, Level, tuple[int, ...]]]:
@@ -90,16 +98,20 @@ def test_levels_keep_something_and_cut_something(pattern: Pattern) -> None:
         levels = pattern.levels(site, BLOCK)
         assert len({level.name for level in levels}) == len(levels)
         for level in levels:
-            assert 0 < level.count < site.size
+            assert 0 <= level.count < pattern.units(site)
+            assert level.count or site.branch, "only a branch can be cut to nothing"
             assert level.keep in ((), tuple(sorted(set(level.keep))))
             assert not level.keep or len(level.keep) == level.count
 
 
 def test_choose_takes_the_highest_scores_or_the_fixed_units(pattern: Pattern) -> None:
     for _, site in places(pattern):
-        scores = np.random.default_rng(1).permutation(site.size).astype(np.float64)
+        scores = random_scores(pattern, site, 1)
         for level in pattern.levels(site, BLOCK):
             chosen = pattern.choose(site, level, scores)
+            assert len(chosen) == level.count
+            if scores.ndim > 1:
+                continue  # a pattern that scores windows has a test of its own for what it chooses
             highest = {unit for unit in range(site.size) if (scores > scores[unit]).sum() < level.count}
             assert list(chosen) == sorted(set(chosen))
             assert set(chosen) == (set(level.keep) if level.keep else highest)
@@ -108,7 +120,8 @@ def test_choose_takes_the_highest_scores_or_the_fixed_units(pattern: Pattern) ->
 def test_equal_scores_are_broken_in_order(pattern: Pattern) -> None:
     for _, site in places(pattern):
         for level in pattern.levels(site, BLOCK):
-            assert pattern.choose(site, level, np.zeros(site.size)) == (level.keep or tuple(range(level.count)))
+            first = pattern.sample(site, level) if pattern.windows(site) else tuple(range(level.count))
+            assert pattern.choose(site, level, 0 * random_scores(pattern, site, 0)) == (level.keep or first)
 
 
 def test_the_pruned_network_is_the_masked_one(pattern: Pattern) -> None:
@@ -148,8 +161,8 @@ def test_the_exported_network_agrees(pattern: Pattern) -> None:
 
 def test_keeping_all_units_changes_nothing(pattern: Pattern) -> None:
     for net, site in places(pattern):
-        everything = tuple(range(site.size))
-        plan = net.plan(site, pattern, Level("all", site.size), everything)
+        everything = tuple(range(pattern.units(site)))
+        plan = net.plan(site, pattern, Level("all", len(everything)), everything)
         cuts = resolve(net.graph, plan)
         assert all(cuts.operator(layer) == layer.operator for layer in net.graph.layers)
         model = operate(net.model, net.graph, plan).model
@@ -168,7 +181,8 @@ def profile(factor: int, cache: Path) -> Profile:
 
 def test_legal_where_the_engine_gains_and_nowhere_else(pattern: Pattern, tmp_path: Path) -> None:
     net, site = next(places(pattern))
-    assert pattern.legal(net.graph, site, profile(0, tmp_path / "cache")) == ()
+    anywhere = tuple(level for level in pattern.levels(site, BLOCK) if not level.count)  # what is gone takes no time
+    assert pattern.legal(net.graph, site, profile(0, tmp_path / "cache")) == anywhere
     assert pattern.legal(net.graph, site, profile(1_000_000, tmp_path / "cache")) == pattern.levels(site, BLOCK)
 
 
@@ -189,12 +203,15 @@ def test_illegal_and_refused_at_sites_of_another_kind(pattern: Pattern, tmp_path
 
 def test_units_that_are_not_there_are_refused(pattern: Pattern) -> None:
     net, site = next(places(pattern))
-    with pytest.raises(InputError, match=f"has {site.size} units, the plan keeps number {site.size}"):
-        resolve(net.graph, net.plan(site, pattern, Level("some", 1), (site.size,)))
+    units = pattern.units(site)
+    with pytest.raises(InputError, match=f"has {units} units, the plan keeps number {units}"):
+        resolve(net.graph, net.plan(site, pattern, Level("some", 1), (units,)))
     with pytest.raises(InputError, match="has no site"):
         resolve(net.graph, net.plan(replace(site, name="nowhere"), pattern, Level("some", 1), (0,)))
 
 
 def test_unknown_pattern() -> None:
-    with pytest.raises(InputError, match="unknown pattern 'magic'; known are filter, heads, hidden, kernel"):
+    with pytest.raises(
+        InputError, match="unknown pattern 'magic'; known are block, filter, heads, hidden, kernel, kernel-mix, width"
+    ):
         pattern_called("magic")

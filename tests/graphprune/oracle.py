@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from graphprune.axes import Form
 from graphprune.cuts import Cuts
-from graphprune.graph import ModelGraph, Site
+from graphprune.graph import Branch, ModelGraph, Site
 from graphprune.plan import Choice, Plan
 from graphprune.surgery import Operation, perform
 from graphprune.tracing import trace
@@ -183,9 +183,10 @@ def _attention(a: dict[str, Any], kept_keys: torch.Tensor) -> torch.Tensor:
 
 
 class _Masked(fx.Interpreter):
-    def __init__(self, graph: ModelGraph, keep: Keep) -> None:
+    def __init__(self, graph: ModelGraph, keep: Keep, dropped: Sequence[Branch] = ()) -> None:
         super().__init__(graph.exported.graph_module)
         self.keep = keep
+        self.skips = {branch.node: branch.skip for branch in dropped}
         self.forms = next(iter(graph.calls.values())).known
 
     def run_node(self, n: fx.Node) -> Any:
@@ -200,6 +201,10 @@ class _Masked(fx.Interpreter):
         return result
 
     def _computed(self, n: fx.Node) -> Any:
+        if n.name in self.skips:
+            operands = [self.env[x] for x in n.args if isinstance(x, fx.Node)]
+            skip = [x.name for x in n.all_input_nodes].index(self.skips[n.name])
+            return operands[skip] + torch.zeros_like(operands[1 - skip])
         schema = getattr(n.target, "_schema", None)
         name = "" if schema is None else schema.name.removeprefix("aten::")
         if name not in REDUCTIONS and name != "scaled_dot_product_attention":
@@ -227,7 +232,8 @@ def masked_outputs(
     """The outputs of the dense model in which everything that the plan cuts is zero."""
     sites = {site.name: site for site in graph.all_sites}
     chosen = [(sites[choice.site], choice.keep) for choice in plan.choices]
-    keep = {site.atom: kept for site, kept in chosen if site.kind != "kernel"}
+    keep = {site.atom: kept for site, kept in chosen if site.kind not in ("kernel", "block")}
+    dropped = [site.branch for site, kept in chosen if site.branch is not None and not kept]
     kernels = {_weight_name(graph, site): (site, kept) for site, kept in chosen if site.kind == "kernel"}
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     signature, user = graph.exported.graph_signature, iter(inputs)
@@ -241,7 +247,7 @@ def masked_outputs(
         else:
             feed.append(next(user).clone())
     with torch.no_grad():
-        return list(_Masked(graph, keep).run(*feed))
+        return list(_Masked(graph, keep, dropped).run(*feed))
 
 
 def _weight_name(graph: ModelGraph, site: Site) -> str:
@@ -249,9 +255,11 @@ def _weight_name(graph: ModelGraph, site: Site) -> str:
 
 
 def _kernel_masked(weight: torch.Tensor, site: Site, kept: tuple[int, ...]) -> torch.Tensor:
-    mask = torch.zeros(site.size, dtype=torch.bool)
-    mask[list(kept)] = True
-    return weight * mask.reshape(site.kernel)
+    """`kept` are positions of the kernel, or, where filters differ, filter * positions + position."""
+    mixed = max(kept) >= site.size
+    mask = torch.zeros(len(weight) if mixed else 1, site.size, dtype=torch.bool)
+    mask.reshape(-1)[list(kept)] = True
+    return weight * mask.reshape(-1, 1, *site.kernel)
 
 
 # --- random weights, random plans, the check ------------------------------------------------------------------------
@@ -288,8 +296,9 @@ def random_keep(site: Site, rng: np.random.Generator) -> tuple[int, ...]:
 
 
 def random_plan(graph: ModelGraph, rng: np.random.Generator, groups: float = 0.8, kernels: float = 0.6) -> Plan:
-    """Random choices at a share of the sites: any group that is not frozen, any kernel."""
-    chosen = [site for site in graph.all_sites if rng.random() < (kernels if site.kind == "kernel" else groups)]
+    """Random choices at a share of the sites: any group that is not frozen, any kernel; branches stay."""
+    sites = [site for site in graph.all_sites if site.branch is None]
+    chosen = [site for site in sites if rng.random() < (kernels if site.kind == "kernel" else groups)]
     choices = [Choice(site.name, site.kind, "some", random_keep(site, rng)) for site in chosen]
     return Plan(graph.signature, tuple(choices), graph.inputs)
 
@@ -297,15 +306,19 @@ def random_plan(graph: ModelGraph, rng: np.random.Generator, groups: float = 0.8
 def cuts_of(graph: ModelGraph, plan: Plan) -> Cuts:
     """What a plan cuts, for groups of any kind, those without a pattern of their own too."""
     keep, windows = {}, {}
+    dropped: list[Branch] = []
     for choice in plan.choices:
         site = graph.site[choice.site]
+        if site.branch is not None:
+            dropped += [] if choice.keep else [site.branch]
+            continue
         if site.kind != "kernel":
             keep[site.atom] = np.array(choice.keep)
             continue
         positions = [divmod(position, site.kernel[1]) for position in choice.keep]
         rows, columns = ([position[axis] for position in positions] for axis in (0, 1))
         windows[site.node] = ((min(rows), max(rows) + 1), (min(columns), max(columns) + 1))
-    return Cuts(keep, windows)
+    return Cuts(keep, windows, tuple(dropped))
 
 
 def relative_error(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:

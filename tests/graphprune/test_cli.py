@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import graphprune as gp
-from graphprune import atomic, checkpoint, cli, delivery, models
+from graphprune import atomic, checkpoint, cli, delivery, grid, models
 from graphprune.commands import base
 from graphprune.commands.base import Answer, Verb
 from graphprune.counting import count
@@ -263,13 +263,31 @@ def test_trace_shows_gains_that_the_engine_would_measure(weights):
     assert all(gain > 1 for gain in gains)
 
 
-def test_profile_of_a_model_and_of_the_machine():
+def test_profile_of_a_model():
     facts = good("profile", VIT, "--json").facts
     assert all(seconds > 0 for seconds in facts["layers"].values())
+    assert all(cell["speedup"] > 1 for cell in facts["cells"] if not cell["reason"])
     text = good("profile", VIT).out
     assert "100.0 %" not in text
+    assert "hidden   linear 48→192 on 17 rows +1" in text
     assert "blocks.1.mlp.fc1" in text
-    assert good("profile", "--json").facts["block"] == FakeEngine().block == 16
+
+
+def test_profile_of_typical_layers(monkeypatch, tmp_path):
+    typical = list(grid._typical())[1:2]
+    monkeypatch.setattr(grid, "_typical", lambda: iter(typical))
+    facts = good("profile", "--json").facts
+    assert facts["block"] == FakeEngine().block == 16
+    assert {cell["shape"] for cell in facts["cells"]} == {"conv 3x3 32 on 16x16"}
+    assert {"filter", "kernel"} <= {cell["pattern"] for cell in facts["cells"]}
+    outcome = good("profile", "--picture", tmp_path / "gains.svg")
+    assert f"picture: {tmp_path / 'gains.svg'}" in outcome.out.replace("\n", "")
+    assert ">typical layers, fake" in (tmp_path / "gains.svg").read_text()
+
+
+def test_a_picture_of_another_format_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "engine", lambda *_: pytest.fail("an engine was asked for"))
+    assert "a picture ends in .png" in one_line(call("profile", VIT, "--picture", tmp_path / "gains.gif"))
 
 
 # --- bad input: one line, exit code 2 -------------------------------------------------------------------------------
@@ -288,6 +306,13 @@ def test_an_unknown_agent(photos, tmp_path):
     line = one_line(prune(photos, tmp_path, "--agent", "nobody"))
     assert "nobody" in line
     assert "autosculpt" in line
+
+
+@pytest.mark.parametrize("names", ["filter,fliter", ","])
+def test_patterns_that_are_unknown_or_none(photos, tmp_path, names):
+    line = one_line(prune(photos, tmp_path, "--patterns", names))
+    assert "known are" in line
+    assert "filter" in line
 
 
 def prune(photos: Path, out: Path, *options: str | Path, spec: str = VIT, target: tuple[str, ...] = ()) -> Outcome:

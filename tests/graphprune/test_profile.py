@@ -2,7 +2,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import NormalDist, median
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 from graphprune.engines.base import Model, Timing
 from graphprune.engines.fake import SECONDS_PER_NODE, SECONDS_PER_PRODUCT, FakeEngine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
-from graphprune.operators import Convolution, Linear, Operator
+from graphprune.operators import Absent, Convolution, Linear, Operator, key
 from graphprune.passes import LOT_OPERATORS, MOST_PASSES, PASSES, REFERENCES, lots
-from graphprune.profile import Profile
+from graphprune.profile import BLOCK_OPERATORS, LEAST_NOISE, MOST_GAIN, Profile
 
 DENSE = Convolution(1, 32, 32, 16, 16, (3, 3), padding=(1, 1, 1, 1), stride=(2, 2))
 HALF = Convolution(1, 32, 16, 16, 16, (3, 3), padding=(1, 1, 1, 1), stride=(2, 2))
@@ -53,7 +53,9 @@ def test_times_and_gains_are_exact(cache: Path) -> None:
     for operator in (DENSE, HALF, ROW):
         assert profile.seconds(operator) == pytest.approx(exact(operator), rel=1e-9)
     assert profile.gain([DENSE, DENSE], [HALF, ROW]) == pytest.approx(2 * exact(DENSE) / (exact(HALF) + exact(ROW)))
-    assert profile.gain([DENSE], []) == math.inf
+    assert profile.gain([DENSE], []) == MOST_GAIN
+    assert profile.gain([DENSE], [Absent()]) == MOST_GAIN
+    assert (profile.timing(Absent()).samples, profile.seconds(Absent())) == ((0.0,), 0.0)
     assert profile.timing(DENSE).samples == pytest.approx((exact(DENSE),) * PASSES)
 
 
@@ -74,13 +76,22 @@ def test_a_gain_must_exceed_the_noise(cache: Path, tmp_path: Path) -> None:
 
 
 def test_the_noise_is_that_of_pooled_passes(cache: Path) -> None:
+    assert Profile(FakeEngine(), cache).noise == pytest.approx(0.005)
     profile = Profile(FakeEngine(), cache)
-    assert profile.noise == pytest.approx(0.005)
-    generator = np.random.default_rng(0)
-    deviation = 0.05
-    logarithms = generator.normal(0, deviation, (4000, 2))
-    profile._samples.update({str(i): tuple(np.exp(row)) for i, row in enumerate(logarithms)})
-    assert profile.noise == pytest.approx(deviation / math.sqrt(2), rel=0.05)
+    deviation, operators = 0.05, [*REFERENCES, *BLOCK_OPERATORS]
+    profile.fill(operators)
+    # Quantiles of the difference of two passes, each with this deviation.
+    gaps = [math.sqrt(2) * deviation * NormalDist().inv_cdf((i + 0.5) / len(operators)) for i in range(len(operators))]
+    profile._samples.update({key(o): (1.0, math.exp(gap)) for o, gap in zip(operators, gaps, strict=True)})
+    assert profile.noise == pytest.approx(deviation / math.sqrt(2), rel=0.1)
+
+
+def test_the_noise_does_not_depend_on_what_else_was_measured(cache: Path) -> None:
+    engine = FakeEngine(noise=0.1)
+    first = Profile(engine, cache)
+    before = first.noise
+    first.fill(widths(60))
+    assert Profile(engine, cache).noise == before == first.noise > LEAST_NOISE
 
 
 @pytest.mark.parametrize("block", [4, 8, 16])

@@ -75,7 +75,7 @@ def half(graph: ModelGraph, kinds: tuple[str, ...] = ("channels", "heads", "hidd
     for site in graph.all_sites:
         if site.kind == "kernel" and site.kind in kinds and site.size == 9:
             cuts.append(pattern("kernel").rewrite(site, (0, 1, 3, 4, 6, 7)))
-        elif site.kind != "kernel" and site.kind in kinds:
+        elif site.kind not in ("kernel", "block") and site.kind in kinds:
             cuts.append(Cuts(keep={site.atom: np.arange(0, site.size, 2)}))
     return join(*cuts)
 
@@ -96,7 +96,9 @@ def distance(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", ["conv", "vit"])
 def test_a_cut_of_nothing_changes_nothing(name: str) -> None:
     model, graph, _, reference = built(name)
-    whole = Cuts(keep={site.atom: np.arange(site.size) for site in graph.all_sites if site.kind != "kernel"})
+    whole = Cuts(
+        keep={site.atom: np.arange(site.size) for site in graph.all_sites if site.kind not in ("kernel", "block")}
+    )
     for cuts in (Cuts(), whole):
         pruned = copy.deepcopy(model)
         repair(pruned, model, graph, cuts, reference)
@@ -179,7 +181,7 @@ def test_tied_weights_are_not_made_worse() -> None:
     model = scramble(Tied(), dtype=torch.float32)
     x = many_tokens()
     graph = trace(model, x[:2])
-    sites = [site for site in graph.all_sites if site.kind != "kernel"]
+    sites = [site for site in graph.all_sites if site.kind not in ("kernel", "block")]
     assert sites
     cuts = join(*(Cuts(keep={site.atom: np.arange(site.size - 2)}) for site in sites))
     pruned = perform(model, graph, cuts).model
@@ -289,8 +291,7 @@ def test_the_reference_holds_dense_outputs_at_its_positions(monkeypatch: pytest.
 
 def test_few_images_of_large_models_and_no_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     _, graph, x, _ = built("residual")
-    monkeypatch.setattr(module, "IMAGES", 20)
-    assert torch.equal(make_reference(graph, [x[:16], x[16:]]).images, x[:20])
+    assert torch.equal(make_reference(graph, [x[:16], x[16:]], images=20).images, x[:20])
     monkeypatch.setattr(module, "LARGEST_ACTIVATION", 8 * 64 * 12)  # the largest activation is 8 channels of 8 x 8
     assert len(make_reference(graph, [x]).images) == 12
     assert len(make_reference(graph, [x[:5]]).images) == 5
@@ -309,20 +310,21 @@ def test_sampled_rows_are_images_by_positions() -> None:
 
 
 @pytest.mark.parametrize("centred", [True, False])
-def test_least_squares_against_numpy(centred: bool) -> None:
+@pytest.mark.parametrize("pull", [module.PULL, 0.5])
+def test_least_squares_against_numpy(centred: bool, pull: float) -> None:
     """The pull is more rows of data: sqrt(pull) times the identity, whose targets are the weights to start from."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 300, 6, generator=generator, dtype=torch.float64) + 1
     targets = torch.randn(2, 300, 3, generator=generator, dtype=torch.float64) + inputs[..., :3]
     start = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
-    best, shift = least_squares(inputs, targets, start, centred)
+    best, shift = least_squares(inputs, targets, start, centred, pull)
     for group in range(2):
         x, y = inputs[group].numpy(), targets[group].numpy()
         mean_x, mean_y = (x.mean(0), y.mean(0)) if centred else (np.zeros(6), np.zeros(3))
         x, y = x - mean_x, y - mean_y
-        pull = module.PULL * np.square(x).sum(0).mean()
-        rows = np.concatenate([x, np.sqrt(pull) * np.eye(6)])
-        wanted = np.concatenate([y, np.sqrt(pull) * start[group].numpy().T])
+        strength = pull * np.square(x).sum(0).mean()
+        rows = np.concatenate([x, np.sqrt(strength) * np.eye(6)])
+        wanted = np.concatenate([y, np.sqrt(strength) * start[group].numpy().T])
         expected = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
         assert np.allclose(best[group], expected, rtol=0, atol=1e-8)
         assert np.allclose(shift[group], mean_y - expected @ mean_x, rtol=0, atol=1e-8)

@@ -21,10 +21,10 @@ from graphprune.evaluation import Workbench
 from graphprune.export import onnx_bytes
 from graphprune.measure import measure
 from graphprune.problem import Factor, Problem, Sum
-from graphprune.registry import patterns
+from graphprune.registry import chosen_patterns, patterns
 from graphprune.result import Result
 from graphprune.search import PROBES, VERIFY_ROUNDS, corrected, random_walk, search
-from graphprune.study import Study, list_studies
+from graphprune.study import Study, label, list_studies
 from graphprune.surgery import apply
 from graphprune.target import Target
 from graphprune.task import Task
@@ -267,6 +267,46 @@ def test_other_weights_data_labels_or_engines_are_another_study(tmp_path: Path) 
     assert len(list_studies(file)) == len(runs)
 
 
+# --- patterns ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("filter",), ("kernel",), ("kernel", "filter", "kernel")])
+def test_only_the_chosen_patterns_are_used(names: tuple[str, ...]) -> None:
+    result = run(Target(latency=0.8), trials=6, patterns=names)
+    used = {choice.pattern for record in result.records for choice in record.plan.choices}
+    assert used == set(names)
+
+
+def test_all_patterns_are_the_default() -> None:
+    assert chosen_patterns(None) == tuple(patterns().values())
+    assert chosen_patterns(tuple(patterns())[::-1]) == tuple(patterns().values())
+    assert run(trials=3).plan == run(trials=3, patterns=tuple(patterns())).plan
+
+
+@pytest.mark.parametrize("names", [("filter", "fliter"), ()])
+def test_unknown_and_no_patterns_are_refused_before_anything_is_measured(names: tuple[str, ...]) -> None:
+    engine = FakeEngine()
+    with pytest.raises(InputError, match=r"known are .*filter.*kernel"):
+        run(patterns=names, engine=engine)
+    assert engine.calls == 0
+
+
+def test_searches_with_other_patterns_share_a_study_and_its_columns(tmp_path: Path) -> None:
+    """The same plan is not evaluated twice, and every choice is a column, whichever search came first."""
+    file = tmp_path / "study.db"
+    for names in (("filter",), ("kernel",), None):
+        run(Target(latency=0.8), trials=4, study=file, patterns=names)
+    (summary,) = list_studies(file)
+    study = Study.open(file, summary.name)
+    records = study.records()
+    assert len({record.plan for record in records}) == len(records)
+    assert {choice.pattern for record in records for choice in record.plan.choices} == {"filter", "kernel"}
+    for record in records:
+        shown = study._params(record.plan)
+        for choice in record.plan.choices:
+            assert shown[choice.site] == label(choice.pattern, choice.level)
+
+
 # --- honest data ----------------------------------------------------------------------------------------------------
 
 
@@ -450,10 +490,9 @@ def test_the_budget_holds_in_a_fresh_process_on_the_real_engine(
 ) -> None:
     """Invariant 4. Timings of a busy machine vary, so the bounds are wide; half the channels save about half."""
     monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(module, "patterns", lambda: {"filter": patterns()["filter"]})
     engine, limit = OnnxRuntimeEngine(), 0.85
     try:
-        result = search(fitted(), task(), Target(latency=limit), "dp", 2, engine=engine)
+        result = search(fitted(), task(), Target(latency=limit), "dp", 2, engine=engine, patterns=("filter",))
     except TargetError:
         pytest.skip("the machine is too busy: half the channels measure no faster")
     assert result.record.measured is not None
@@ -468,3 +507,11 @@ def test_the_budget_holds_in_a_fresh_process_on_the_real_engine(
     if result.met:
         assert share.low <= 1.25 * limit
     assert 0.2 < share.value / result.record.measured.value < 5
+
+
+def test_a_search_repeated_on_a_noisy_engine_goes_the_same_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: Builds
+) -> None:
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path / "cache"))
+    first, second = (run(engine=FakeEngine(noise=0.05), study=tmp_path / "study.db", trials=8) for _ in range(2))
+    assert [record.plan for record in first.records] == [record.plan for record in second.records]

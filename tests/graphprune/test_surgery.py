@@ -235,6 +235,7 @@ def test_apply_traces_a_model_that_it_does_not_know() -> None:
         ((Choice("0.0/channels", "filter", "", (0, 8)),), "has 8 units, the plan keeps number 8"),
         ((Choice("0.0/kernel", "kernel", "", (0, 4)),), "not a rectangle"),
         ((Choice("0.0/channels", "hidden", "", (0,)),), "does not apply"),
+        ((Choice("0.0/channels", "filter", "", ()),), "must keep at least one unit"),
     ],
 )
 def test_plans_that_do_not_fit(choices: tuple[Choice, ...], message: str) -> None:

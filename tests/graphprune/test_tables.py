@@ -1,6 +1,7 @@
 """The tables: what they say is what the graph, the patterns and the profile say, and they fit a terminal."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from graphprune.profile import Profile
 from graphprune.registry import pattern
 from graphprune.tables import WIDTH
 from graphprune.tracing import trace
+from tests.graphprune.networks import Attention, tokens
 
 
 class Small(nn.Module):
@@ -82,15 +84,24 @@ def test_obvious_groups_are_counted_not_shown(graph: ModelGraph) -> None:
     assert shown == {group.name for group in graph.all_groups if group not in obvious}
 
 
+class Beside(nn.Module):
+    """An MLP, and a layer beside it of which nothing can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.beside = nn.Linear(12, 64), nn.Linear(64, 5), nn.Linear(12, 20)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.down(torch.relu(self.up(x))), self.beside(x)
+
+
 def test_share_of_what_can_be_cut(vit: ModelGraph) -> None:
-    block = {f"blocks.0.{name}" for name in ("attn.qkv", "attn", "attn.proj", "mlp.fc1", "mlp.fc2")}
-    layers = [layer.operator for layer in vit.layers if layer.module in block]
-    flops = sum(operator.flops for operator in layers) / vit.flops
-    weights = sum(operator.parameters for operator in layers) / vit.parameter_count
-    ending = f"layers with {flops:.0%} of the FLOPs and {weights:.0%} of the weights"
-    assert str(vit.groups()).endswith(f"groups that can be cut reach {ending}")
-    assert str(vit.sites()).endswith(f"sites with a choice reach {ending}")
-    assert 0.5 < flops < 1
+    graph = trace(Beside(), torch.zeros(2, 12))
+    share = f"{64 * 17 / (64 * 17 + 12 * 20):.0%}"
+    ending = f"layers with {share} of the FLOPs and {share} of the weights"
+    assert str(graph.groups()).endswith(f"groups that can be cut reach {ending}")
+    assert str(graph.sites()).endswith(f"sites with a choice reach {ending}")
+    assert str(vit.groups()).endswith("layers with 100% of the FLOPs and 100% of the weights")
 
 
 def test_site_rows_without_a_profile_are_the_structural_levels(graph: ModelGraph) -> None:
@@ -98,7 +109,8 @@ def test_site_rows_without_a_profile_are_the_structural_levels(graph: ModelGraph
     assert list(rows) == [site.name for site in graph.all_sites]
     levels = [(level.pattern, level.level, level.count, level.gain) for level in rows["inner/channels"].levels]
     assert levels == [("filter", f"{count} of 64", count, None) for count in (48, 32, 16)]
-    kernel = pattern("kernel").levels(graph.site["inner/kernel"], 16)
+    names = ("kernel", "kernel-mix")
+    kernel = [level for name in names for level in pattern(name).levels(graph.site["inner/kernel"], 16)]
     assert [level.level for level in rows["inner/kernel"].levels] == [level.name for level in kernel]
 
 
@@ -106,9 +118,9 @@ def test_site_rows_with_a_profile_are_the_legal_levels_with_their_gain(graph: Mo
     rows = {row.name: row for row in graph.sites(profile)}
     for site in graph.all_sites:
         expected = {}
-        for name in ("filter", "kernel"):
+        for name in ("filter", "kernel", "kernel-mix", "block"):
             for level in pattern(name).legal(graph, site, profile):
-                cuts = pattern(name).rewrite(site, level.keep or tuple(range(level.count)))
+                cuts = pattern(name).rewrite(site, pattern(name).sample(site, level))
                 layers = [graph.layer[node] for node in site.layers]
                 dense = sum(profile.seconds(layer.operator) for layer in layers)
                 cut = sum(profile.seconds(cuts.operator(layer)) for layer in layers)
@@ -134,15 +146,17 @@ def test_everything_is_measured_together(graph: ModelGraph, profile: Profile, mo
 
 
 def test_reasons_for_an_empty_site(vit: ModelGraph, graph: ModelGraph, profile: Profile) -> None:
-    assert line(str(vit.sites()), "patch_embed.proj#1/width").endswith("no pattern cuts a width")
+    explicit = trace(Attention(fused_weights=True, fused_product=False), tokens())
+    assert line(str(explicit.sites()), "weights.qkv#2/other").endswith("no pattern cuts it")
     single = trace(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)), torch.zeros(2, 3, 8, 8))
     assert line(str(single.sites(profile)), "0/channels").endswith("too small for a level (blocks of 16)")
 
 
 def test_printed_levels(graph: ModelGraph, profile: Profile) -> None:
-    assert line(str(graph.sites()), "inner/channels").endswith("filter   48 of 64, 32 of 64, 16 of 64")
-    kernel = line(str(graph.sites()), "inner/kernel")
-    assert kernel.endswith("3x2, 2x3, 2x2, 3x1, 1x3, 1x1 centre")
+    assert line(str(graph.sites()), "inner/channels").endswith("48 of 64, 32 of 64, 16 of 64")
+    kernel, mixed = (row for row in str(graph.sites()).splitlines() if row.startswith("inner/kernel"))
+    assert kernel.endswith("3x2, 2x3, 2x2, 3x1, 1x3, 1x1")
+    assert mixed.endswith("3x3 3x3 3x1 1x3, 3x2 2x3 each side, 2x2 each corner, 3x1 1x3")
     row = next(row for row in graph.sites(profile) if row.name == "inner/channels")
     printed = ", ".join(f"{level.level}: {level.gain:.2f}x" for level in row.levels)
     assert line(str(graph.sites(profile)), "inner/channels").endswith(printed)
@@ -178,3 +192,30 @@ def test_json(graph: ModelGraph, profile: Profile) -> None:
     inner = next(site for site in body["sites"] if site["name"] == "inner/channels")
     assert {level["pattern"] for level in inner["levels"]} == {"filter"}
     assert graph.sites().to_dict()["engine"] is None
+
+
+def test_what_repeats_is_told_once(tmp_path: Path) -> None:
+    model = create("timm:vit_tiny_patch16_224?num_classes=10&img_size=32&depth=3")
+    deep = trace(model, torch.zeros(2, 3, 32, 32))
+    profile = Profile(FakeEngine(), cache=tmp_path / "timings.jsonl")
+    sites = str(deep.sites(profile))
+    first = line(sites, "blocks.0.mlp.fc1/hidden")
+    assert "576 of 768: " in first
+    for number in (1, 2):
+        assert line(sites, f"blocks.{number}.mlp.fc1/hidden").endswith(" as blocks.0.mlp.fc1/hidden")
+    groups = str(deep.groups())
+    assert line(groups, "blocks.0.attn.qkv#2").split("no: ")[1].startswith("the attention scale")
+    assert line(groups, "blocks.2.attn.qkv#2").endswith("no: as blocks.0.attn.qkv#2")
+    assert line(groups, "blocks.0.attn.qkv#1").endswith("no: taken apart (unbind)")  # it is in blocks.0.attn: known
+
+
+def test_lines_break_between_levels_only(graph: ModelGraph, profile: Profile) -> None:
+    lines = [text.rstrip() for text in str(graph.sites(profile)).splitlines()]
+    wrapped = [text for text, after in pairwise(lines) if after.startswith(" " * 40)]
+    assert wrapped
+    assert all(text.endswith("x,") for text in wrapped)
+
+
+def test_a_kernel_without_levels_is_not_called_too_small() -> None:
+    patches = trace(nn.Sequential(nn.Conv2d(3, 32, 4, stride=4)), torch.zeros(2, 3, 16, 16))
+    assert line(str(patches.sites()), "0/kernel").endswith("no level for 4x4")

@@ -12,6 +12,7 @@ from graphprune.candidates import Candidates
 from graphprune.engines.fake import FakeEngine
 from graphprune.graph import ModelGraph
 from graphprune.operators import Operator
+from graphprune.profile import MOST_GAIN
 from graphprune.registry import patterns
 from graphprune.task import Task
 from tests.graphprune.networks import conv_bn
@@ -109,8 +110,9 @@ class LinearProfile:
         return float("nan") if self.failing(operator) else operator.flops * 1e-9
 
     def gain(self, dense: Iterable[Operator], cut: Iterable[Operator]) -> float:
-        """The ratio of times."""
-        return sum(map(self.seconds, dense)) / sum(map(self.seconds, cut))
+        """The ratio of times, as that of a real profile."""
+        before, after = sum(map(self.seconds, dense)), sum(map(self.seconds, cut))
+        return min(before / after, MOST_GAIN) if after else MOST_GAIN
 
     def beyond_noise(self, dense: Iterable[Operator], cut: Iterable[Operator]) -> bool:
         """Every gain is."""

@@ -29,7 +29,15 @@ PICTURES = {
     "1x3 top": "xxx ... ...",
     "1x3 middle": "... xxx ...",
     "1x3 bottom": "... ... xxx",
+    "1x1 top left": "x.. ... ...",
+    "1x1 top centre": ".x. ... ...",
+    "1x1 top right": "..x ... ...",
+    "1x1 middle left": "... x.. ...",
     "1x1 centre": "... .x. ...",
+    "1x1 middle right": "... ..x ...",
+    "1x1 bottom left": "... ... x..",
+    "1x1 bottom centre": "... ... .x.",
+    "1x1 bottom right": "... ... ..x",
 }
 LARGER = {
     "3x3 centre": "..... .xxx. .xxx. .xxx. .....",

@@ -1,0 +1,80 @@
+"""What several benchmarks share: the four models, their graphs at a batch size, and the names of result files."""
+
+import argparse
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import graphprune as gp
+from graphprune import models
+from graphprune.graph import ModelGraph
+from graphprune.machine import environment
+from graphprune.operators import Linear
+from graphprune.randomness import seeded
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = {
+    "resnet20": "cifar:resnet20",
+    "resnet50": "timm:resnet50",
+    "mobilenetv2_100": "timm:mobilenetv2_100",
+    "vit_tiny": "timm:vit_tiny_patch16_224",
+}
+"""Name -> spec; random weights, native input size."""
+COLOURS = {"resnet20": "#0072b2", "resnet50": "#d55e00", "mobilenetv2_100": "#009e73", "vit_tiny": "#cc79a7"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with seeded random weights, its graph (layers at the batch size that is timed), and example inputs."""
+
+    name: str
+    module: nn.Module
+    graph: ModelGraph
+    example: torch.Tensor
+
+
+def subject(name: str, batch: int, seed: int = 0) -> Subject:
+    """Create and trace one of the models."""
+    with seeded(seed):
+        module = models.create(MODELS[name]).eval()
+        example = torch.randn(2, *models.default_input_size(MODELS[name], module))
+    return Subject(name, module, at_batch(gp.trace(module, example), batch), example)
+
+
+def at_batch(graph: ModelGraph, batch: int) -> ModelGraph:
+    """The graph with every layer's operator at a batch size; it is traced at one. A linear layer gets more rows."""
+
+    def larger(operator: object) -> object:
+        if isinstance(operator, Linear):
+            return replace(operator, rows=operator.rows * batch)
+        return replace(operator, batch=batch)  # type: ignore[type-var]
+
+    return replace(graph, layers=tuple(replace(layer, operator=larger(layer.operator)) for layer in graph.layers))
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that these benchmarks have in common."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--models", default=",".join(MODELS), help="some of: " + ", ".join(MODELS))
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--batch", type=int, default=1)
+    return made
+
+
+def chosen(names: str) -> list[str]:
+    """The models of `--models`."""
+    unknown = set(names.split(",")) - set(MODELS)
+    if unknown:
+        raise SystemExit(f"unknown models: {', '.join(sorted(unknown))}; known are {', '.join(MODELS)}")
+    return names.split(",")
+
+
+def result_stem(name: str, threads: int, batch: int) -> Path:
+    """Where a result goes, without the file's ending: named by engine, threads, batch and processor."""
+    facts = environment()
+    processor = re.sub(r"[^A-Za-z0-9.]+", "-", facts["processor"]).strip("-")
+    batches = f"-batch{batch}" * (batch != 1)
+    return RESULTS / f"{name}-onnxruntime{facts['onnxruntime']}-{threads}t{batches}-{processor}"
