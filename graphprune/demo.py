@@ -27,7 +27,7 @@ RIVALS = ("uniform", "random", "dp")
 class Settings:
     """How long the demo takes and what it asks for: `latency` is the target's share of the dense model's."""
 
-    trials: int = 30
+    trials: int = 20
     latency: float = 0.5
     dense_epochs: int = 10
     epochs: int = 6
