@@ -23,21 +23,18 @@ from typing import Any
 import numpy as np
 from common import COLOURS, Subject, chosen, parser, result_stem, subject
 from matplotlib.figure import Figure
-from torch import nn
 
 import graphprune as gp
 from graphprune.candidates import Candidates
-from graphprune.cuts import Cuts
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+from graphprune.evaluation import Workbench
 from graphprune.export import onnx_bytes
-from graphprune.exported import cut_program
 from graphprune.machine import environment
 from graphprune.measure import verdict
 from graphprune.problem import Choices, GraphView, Problem, Sum
 from graphprune.profile import Profile
 from graphprune.registry import patterns
 from graphprune.search import PROBE_SEED, PROBES, corrected, latency_cost, random_walk, saving_factor
-from graphprune.surgery import Operation, cut_module, perform
 
 LOWEST, HIGHEST = 0.3, 0.95
 """Targets between these shares of dense latency."""
@@ -55,7 +52,7 @@ class Bench:
     candidates: Candidates
     cost: Sum
     problem: Problem
-    operation: Operation
+    bench: Workbench
     dense_onnx: bytes = field(repr=False)
 
     @classmethod
@@ -71,9 +68,10 @@ class Bench:
             candidates.decisions(error, nodes), NO_VIEW, {"latency": cost}, {"latency": HIGHEST}, error, _no_evaluator,
             1, given.graph.signature, given.graph.inputs,
         )  # fmt: skip
-        operation = perform(given.module, given.graph, candidates.cuts(problem.cheapest))
+        bench = Workbench(given.module, given.graph, reference=None, task=None)
+        bench.probe(candidates.cuts(problem.cheapest))
         engine = OnnxRuntimeEngine(threads, batch=batch)
-        return cls(given, engine, candidates, cost, problem, operation, onnx_bytes(given.module, given.example))
+        return cls(given, engine, candidates, cost, problem, bench, onnx_bytes(given.module, given.example))
 
     @property
     def key(self) -> str:
@@ -104,7 +102,7 @@ class Bench:
             "choices": [f"{c.site}: {c.pattern} {c.level}" for c in self.problem.plan(choices).choices],
         }  # fmt: skip
         try:
-            pruned = onnx_bytes(self._build(self.candidates.cuts(choices)), self.subject.example)
+            pruned = onnx_bytes(self.bench.cut(self.candidates.cuts(choices)).eval(), self.subject.example)
             measured = gp.measure([self.dense_onnx, pruned], rounds=ROUNDS, engine=self.engine).shares[-1]
         except Exception as error:  # a plan that cannot be built or exported is a result
             return line | {"error": f"{type(error).__name__}: {error}"}
@@ -114,11 +112,6 @@ class Bench:
             "measured": measured.value, "interval": [measured.low, measured.high], "verdict": verdict(measured),
             "dense_seconds": measured.dense, "seconds": measured.candidate,
         }  # fmt: skip
-
-    def _build(self, cuts: Cuts) -> nn.Module:
-        if self.operation.own_class:
-            return cut_module(self.subject.module, self.subject.graph, cuts, self.operation.attributes).eval()
-        return cut_program(self.subject.graph, cuts, self.subject.module).eval()
 
 
 NO_VIEW = GraphView(np.zeros((0, 0), np.float32), np.zeros((2, 0), np.int64), np.zeros(0, np.int64))
