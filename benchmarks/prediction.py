@@ -25,6 +25,7 @@ from common import COLOURS, Subject, chosen, parser, result_stem, subject
 from matplotlib.figure import Figure
 
 import graphprune as gp
+from graphprune.calibration import Statistics
 from graphprune.candidates import Candidates
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.evaluation import Workbench
@@ -60,7 +61,7 @@ class Bench:
         """Trace, profile, and find out once how this model is cut."""
         given = subject(name, batch)
         profile = Profile(OnnxRuntimeEngine(threads))
-        candidates = Candidates(given.graph, profile, list(patterns().values()), {})
+        candidates = Candidates(given.graph, profile, list(patterns().values()), Statistics({}, {}))
         candidates.collect(lambda done, total: print(f"{name}: {done} of {total} operators timed", flush=True))
         cost, error = latency_cost(candidates), candidates.error()
         nodes = {node.name: number for number, node in enumerate(given.graph.nodes)}

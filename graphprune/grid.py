@@ -75,7 +75,7 @@ def _cells(name: str, graph: ModelGraph, profile: Profile, patterns: Sequence[Pa
     found = [case for case in cases(graph, patterns, profile.block) if case.layers]
     offered = {(case.site.name, case.pattern.name, case.level) for case in legal_cases(found, graph, profile)}
     for case in found:
-        speedup = profile.gain(case.dense, case.cut)
+        speedup = profile.gain(case.dense, case.cut) if _flops(case.cut) else math.inf
         legal = (case.site.name, case.pattern.name, case.level) in offered
         yield Cell(
             case.pattern.name, _level(case), name or _shape(graph, case), speedup,

@@ -177,3 +177,19 @@ def test_a_picture_of_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a picture ends in .png, .svg, .pdf, not '.gif'"):
         heatmap.draw([GAINING], tmp_path / "gains.gif", "t")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dropped_branch_is_gone_and_has_no_efficiency(tmp_path: Path) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            return (x + self.inner(x)).mean((2, 3))
+
+    graph = trace(Residual(), torch.zeros(2, 3, 8, 8))
+    (cell,) = grid.cells({"": graph}, Profile(FakeEngine(), tmp_path / "cache"), [patterns()["block"]])
+    assert (cell.speedup, cell.flops_share, cell.reason) == (math.inf, 0, "")
+    assert math.isnan(cell.efficiency)
