@@ -15,6 +15,7 @@ from graphprune.drawing import LINE, RADIUS, WIDTH, draw
 from graphprune.measure import Measurement, verdict
 from graphprune.plan import Choice
 from graphprune.record import Record, Share
+from graphprune.registry import pattern
 from graphprune.result import Result
 from graphprune.wording import SAME, headline, latency, percent, quantity, seconds, signed, speed, warnings
 
@@ -93,9 +94,10 @@ def _context(result: Result, measurement: Measurement | None, title: str) -> dic
 
 
 def _plan(result: Result) -> list[tuple[Choice, int]]:
-    """The choices and the sizes of their sites, in the order of the graph."""
+    """The choices, and from how many units each chose, in the order of the graph."""
     chosen = {choice.site: choice for choice in result.plan.choices}
-    return [(chosen[site.name], site.size) for site in result.graph.all_sites if site.name in chosen]
+    sites = [site for site in result.graph.all_sites if site.name in chosen]
+    return [(choice := chosen[site.name], pattern(choice.pattern).units(site)) for site in sites]
 
 
 def _rows(result: Result, share: Share | None) -> list[Row]:

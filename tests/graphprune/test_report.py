@@ -24,6 +24,7 @@ from graphprune.measure import Measurement, share
 from graphprune.models import create
 from graphprune.plan import Choice, Plan
 from graphprune.record import Record, Share
+from graphprune.registry import pattern
 from graphprune.report import write_report
 from graphprune.result import Result
 from graphprune.target import Target
@@ -203,6 +204,14 @@ def test_target_is_judged_by_the_upper_bound(graph: ModelGraph, tmp_path: Path) 
     assert "56.0 % (upper end of the 95 % interval), missed" in " ".join(
         "".join(Page(written(beyond, tmp_path)).texts).split()
     )
+
+
+def test_a_mix_counts_the_positions_of_all_filters(graph: ModelGraph, tmp_path: Path) -> None:
+    result, site, mix = a_result(graph), graph.site["body.inner/kernel"], pattern("kernel-mix")
+    level = mix.levels(site, 16)[-1]
+    choice = Choice(site.name, mix.name, level.name, mix.sample(site, level))
+    _, _, plan = Page(written(replace(result, plan=replace(result.plan, choices=(choice,))), tmp_path)).tables
+    assert plan[1:] == [["body.inner/kernel", "kernel-mix", "3x1 1x3", f"{32 * 3} of {32 * 9}"]]
 
 
 def test_plan_and_rivals(graph: ModelGraph, tmp_path: Path) -> None:
