@@ -342,7 +342,8 @@ def write(rows: Sequence[Row], folder: Path) -> Path:
     """The results file and its picture."""
     folder.mkdir(parents=True, exist_ok=True)
     file = result_file("ablation", folder)
-    facts = environment() | {"torch-pruning": version("torch-pruning")}
+    rival = any(row.get("method") == RIVAL for row in rows)
+    facts = environment() | ({"torch-pruning": version("torch-pruning")} if rival else {})
     file.write_text(json.dumps({"rows": list(rows), "environment": facts}, indent=1) + "\n")
     draw(rows, file.with_suffix(".png"))
     return file
