@@ -16,14 +16,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 from typing import Self
 
 import matplotlib
 import numpy as np
 import torch
-from equal_latency import RESULTS, Dense, Finder, Row, Rows, result_file, with_new_norms
+from common import RESULTS, judged_by_tables, result_file
+from equal_latency import Dense, Finder, Row, Rows, with_new_norms
 from torch import nn
 
 from graphprune.agents.dp import EXPONENTS, Solver
@@ -34,9 +34,9 @@ from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import StepError
 from graphprune.evaluation import Workbench
 from graphprune.machine import environment
-from graphprune.problem import Choices, GraphView, Problem
+from graphprune.problem import Choices
 from graphprune.profile import Profile
-from graphprune.record import Record, Share
+from graphprune.record import Share
 from graphprune.registry import chosen_patterns, patterns
 from graphprune.repair import make_reference
 
@@ -91,14 +91,7 @@ class Tables:
         candidates.collect()
         if not candidates.sites:
             return None
-        times = [profile.seconds(layer.operator) for layer in dense.graph.layers]
-        cost, error = candidates.cost(profile.seconds, sum(filter(isfinite, times))), candidates.error()
-        nodes = {node.name: number for number, node in enumerate(dense.graph.nodes)}
-        nothing = GraphView(np.zeros((0, 0), np.float32), np.zeros((2, 0), np.int64), np.zeros(0, np.int64))
-        problem = Problem(
-            candidates.decisions(error, nodes), nothing, {"latency": cost}, {"latency": 1.0}, error, _unjudged, 0,
-            dense.graph.signature, dense.graph.inputs,
-        )  # fmt: skip
+        problem = judged_by_tables(candidates, 1.0)
         bench = Workbench(dense.module, dense.graph, make_reference(dense.graph, dense.task.calibration), dense.task)
         bench.probe(candidates.cuts(problem.cheapest))
         if not bench.own_class:
@@ -132,10 +125,6 @@ class Tables:
         """What the plan does, one line for each site."""
         plan = self.solver.problem.plan(choices)
         return [f"{choice.site}: {choice.pattern} {choice.level}" for choice in plan.choices]
-
-
-def _unjudged(choices: Choices) -> Record:
-    raise StepError("plans are judged by the script")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from typing import Any
 import matplotlib
 import torch
 from ablation import Tables
-from equal_latency import RESULTS, Dense, Row, Rows, result_file
+from common import RESULTS, result_file
+from equal_latency import Dense, Row, Rows
 from torch import Tensor, fx, nn
 
 from graphprune.calibration import calibrate

@@ -7,16 +7,14 @@ Runs the command in an empty folder with an empty profile cache. Writes `results
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+
+from common import result_file
 
 from graphprune.machine import environment
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -33,8 +31,7 @@ def main() -> None:
         )
         seconds = time.perf_counter() - start
     body = {"seconds": seconds, "demo": json.loads(process.stdout), "environment": environment()}
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", environment()["processor"]).strip("-")
-    path = RESULTS / f"demo-onnxruntime{environment()['onnxruntime']}-1t-{name}.json"
+    path = result_file("demo")
     path.write_text(json.dumps(body, indent=1) + "\n")
     print(f"{seconds:.0f} s: {path.name}")
 

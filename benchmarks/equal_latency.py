@@ -4,7 +4,6 @@ candidate nearest below a target, and rows that survive a killed run.
 
 import copy
 import json
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,14 +19,12 @@ from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import StepError
 from graphprune.export import onnx_bytes
 from graphprune.graph import ModelGraph
-from graphprune.machine import environment
 from graphprune.measure import measure
 from graphprune.record import Share
 from graphprune.surgery import remember
 from graphprune.task import Data, Task
 from graphprune.tracing import trace
 
-RESULTS = Path(__file__).parent / "results"
 ROUNDS, FINAL_ROUNDS = 20, 100
 """Samples of each model while a candidate is looked for, and for a published row."""
 CLOSE = 0.02
@@ -192,10 +189,3 @@ class Rows:
         self.rows.append(row)
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def result_file(table: str, folder: Path) -> Path:
-    """Where a table's results go: the name says where they were measured."""
-    facts = environment()
-    processor = re.sub(r"[^A-Za-z0-9.]+", "-", facts["processor"]).strip("-")
-    return folder / f"{table}-onnxruntime{facts['onnxruntime']}-1t-{processor}.json"

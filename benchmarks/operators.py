@@ -7,17 +7,17 @@ Writes `results/operators-<engine>-1t-<processor>.json`: seconds of each pass, s
 """
 
 import json
-import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+
+from common import result_file
 
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.machine import environment
 from graphprune.operators import Convolution
 from graphprune.profile import Profile
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = ((16, 32), (32, 16), (64, 8), (64, 56), (256, 14))
 """Channels and height (= width)."""
 
@@ -58,8 +58,7 @@ def main() -> None:
         ]
     for entry in table:
         print(f"{entry['channels']:4} {entry['size']:3} {entry['cut']:36} {entry['speedup']:5.2f}x")
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", environment()["processor"]).strip("-")
-    path = RESULTS / f"operators-onnxruntime{environment()['onnxruntime']}-1t-{name}.json"
+    path = result_file("operators")
     path.write_text(json.dumps({"rows": table, "block": profile.block, "environment": environment()}, indent=1) + "\n")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import COLOURS, Subject, chosen, parser, result_stem, subject
+from common import COLOURS, Subject, chosen, judged_by_tables, parser, result_stem, subject
 from matplotlib.figure import Figure
 
 import graphprune as gp
@@ -32,10 +32,10 @@ from graphprune.evaluation import Workbench
 from graphprune.export import onnx_bytes
 from graphprune.machine import environment
 from graphprune.measure import verdict
-from graphprune.problem import Choices, GraphView, Problem, Sum
+from graphprune.problem import Choices, Problem, Sum
 from graphprune.profile import Profile
 from graphprune.registry import patterns
-from graphprune.search import PROBE_SEED, PROBES, corrected, latency_cost, random_walk, saving_factor
+from graphprune.search import PROBE_SEED, PROBES, corrected, random_walk, saving_factor
 
 LOWEST, HIGHEST = 0.3, 0.95
 """Targets between these shares of dense latency."""
@@ -63,16 +63,13 @@ class Bench:
         profile = Profile(OnnxRuntimeEngine(threads))
         candidates = Candidates(given.graph, profile, list(patterns().values()), Statistics({}, {}))
         candidates.collect(lambda done, total: print(f"{name}: {done} of {total} operators timed", flush=True))
-        cost, error = latency_cost(candidates), candidates.error()
-        nodes = {node.name: number for number, node in enumerate(given.graph.nodes)}
-        problem = Problem(
-            candidates.decisions(error, nodes), NO_VIEW, {"latency": cost}, {"latency": HIGHEST}, error, _no_evaluator,
-            1, given.graph.signature, given.graph.inputs,
-        )  # fmt: skip
+        problem = judged_by_tables(candidates, HIGHEST)
         bench = Workbench(given.module, given.graph, reference=None, task=None)
         bench.probe(candidates.cuts(problem.cheapest))
         engine = OnnxRuntimeEngine(threads, batch=batch)
-        return cls(given, engine, candidates, cost, problem, bench, onnx_bytes(given.module, given.example))
+        return cls(
+            given, engine, candidates, problem.costs["latency"], problem, bench, onnx_bytes(given.module, given.example)
+        )
 
     @property
     def key(self) -> str:
@@ -113,13 +110,6 @@ class Bench:
             "measured": measured.value, "interval": [measured.low, measured.high], "verdict": verdict(measured),
             "dense_seconds": measured.dense, "seconds": measured.candidate,
         }  # fmt: skip
-
-
-NO_VIEW = GraphView(np.zeros((0, 0), np.float32), np.zeros((2, 0), np.int64), np.zeros(0, np.int64))
-
-
-def _no_evaluator(choices: Choices) -> Any:
-    raise NotImplementedError("nothing is judged here")
 
 
 def lazy_walk(problem: Problem, rng: np.random.Generator, stay: float) -> Choices:

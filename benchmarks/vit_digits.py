@@ -7,11 +7,12 @@ set is read once per row. Writes `results/vit_digits-<engine>-1t-<processor>.jso
 """
 
 import json
-import re
 import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+
+from common import result_file
 
 import graphprune as gp
 from graphprune import models
@@ -22,7 +23,6 @@ from graphprune.randomness import seeded
 from graphprune.recipe import Recipe
 
 SPEC = "timm:vit_tiny_patch16_224?img_size=32&patch_size=4&embed_dim=96&depth=4&num_heads=3&num_classes=10"
-RESULTS = Path(__file__).parent / "results"
 LATENCY = 0.6
 TRIALS = 20
 
@@ -67,8 +67,7 @@ def main() -> None:
         "measurement": json.loads(measurement.to_json()),
         "environment": environment(),
     }
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", environment()["processor"]).strip("-")
-    path = RESULTS / f"vit_digits-onnxruntime{environment()['onnxruntime']}-1t-{name}.json"
+    path = result_file("vit_digits")
     path.write_text(json.dumps(body, indent=1) + "\n")
     print(
         json.dumps({key: body[key] for key in ("met", "test_accuracy", "validation", "speedup", "seconds")}, indent=1)

@@ -7,13 +7,13 @@ and torch are apart, and raw latency samples of both models, interleaved, in a p
 """
 
 import json
-import re
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import result_file
 
 import graphprune as gp
 from graphprune import models
@@ -23,7 +23,6 @@ from graphprune.machine import environment
 from graphprune.surgery import operate
 
 SPEC = "timm:vit_tiny_patch16_224"
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -55,8 +54,7 @@ def main() -> None:
         "measurement": json.loads(measurement.to_json()),
         "environment": environment(),
     }
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", environment()["processor"]).strip("-")
-    path = RESULTS / f"vit_tiny-onnxruntime{environment()['onnxruntime']}-1t-{name}.json"
+    path = result_file("vit_tiny")
     path.write_text(json.dumps(body, indent=1) + "\n")
     print(path)
 

@@ -1,14 +1,13 @@
 """Residual branches: what is added to a stream, computed from that stream alone, and used nowhere else."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import takewhile
 
 import torch
 from torch import fx
 
 from graphprune.graph import Branch, ModelGraph
+from graphprune.grouping import unique
 from graphprune.rule import shapes_of
 from graphprune.tracing import operator_name, owner_path
 
@@ -35,7 +34,7 @@ def find_branches(graph: ModelGraph) -> tuple[Branch, ...]:
             if layers and _reads_only(inside, skip, varying) and not any(_writes_outside(x, inside) for x in inside):
                 names = frozenset(x.name for x in inside)
                 found.append(Branch(_name(layers, node), node.name, skip.name, names, _modules(nodes, names)))
-    return tuple(_unique(found))
+    return tuple(unique(found, lambda branch: branch.name))
 
 
 def outermost(branches: Sequence[Branch]) -> list[Branch]:
@@ -136,14 +135,3 @@ def _paths(node: fx.Node) -> list[str]:
     """The paths of all modules in whose code the call was made, but for the model itself."""
     stack = [entry[0] for entry in node.meta.get("nn_module_stack", {}).values() if isinstance(entry, tuple)]
     return [str(path).partition("@")[0] for path in stack if path and not str(path).startswith("_empty_nn")]
-
-
-def _unique(branches: Sequence[Branch]) -> list[Branch]:
-    """Number the branches that share a name."""
-    shared, seen = Counter(branch.name for branch in branches), Counter[str]()
-    result = []
-    for branch in branches:
-        seen[branch.name] += 1
-        name = f"{branch.name}#{seen[branch.name]}" if shared[branch.name] > 1 else branch.name
-        result.append(replace(branch, name=name))
-    return result

@@ -211,12 +211,11 @@ class Candidates:
 
     def _mixture_error(self, layer: Layer, cuts: Cuts) -> float:
         """The errors of the filters, each under its own window; those of cut filters count as if they were kept."""
-        filters = np.array([repr(window) for window in cuts.mixes[layer.node]])
-        error = 0.0
-        for window in set(cuts.mixes[layer.node]):
+        windows, error = cuts.mixes[layer.node], 0.0
+        for window in dict.fromkeys(windows):
             whole = Cuts(cuts.keep, {layer.node: window})
             errors = filter_errors(self.statistics[layer.node], kept_features(layer, whole))
-            error += float(errors[torch.from_numpy(filters == repr(window))].sum())
+            error += float(errors[torch.tensor([own == window for own in windows])].sum())
         return error
 
     def _uncalibrated(self, factors: Sequence[Factor]) -> list[Factor]:

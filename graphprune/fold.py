@@ -79,7 +79,10 @@ def _crop(graph: ir.Graph, before: ir.Node, value: ir.Value, amounts: NDArray[An
     if not axes.size:
         return value
     bounds = {"starts": starts[axes], "ends": np.where(ends[axes], -ends[axes], LAST), "axes": axes + 2}
-    inputs = [value, *(_initializer(graph, f"{value.name}_crop_{key}", data) for key, data in bounds.items())]
+    inputs = [
+        value,
+        *(initializer(graph, f"{value.name}_crop_{key}", data.astype(np.int64)) for key, data in bounds.items()),
+    ]
     node = ir.node("Slice", inputs)
     if value.dtype is not None:  # the TorchScript exporter types no values inside the graph
         node.outputs[0].dtype = value.dtype
@@ -87,9 +90,10 @@ def _crop(graph: ir.Graph, before: ir.Node, value: ir.Value, amounts: NDArray[An
     return node.outputs[0]
 
 
-def _initializer(graph: ir.Graph, name: str, data: NDArray[Any]) -> ir.Value:
+def initializer(graph: ir.Graph, name: str, data: NDArray[Any]) -> ir.Value:
+    """A new constant of the graph, by a name that nothing has yet."""
     while name in graph.initializers:
         name += "_"
-    value = ir.Value(name=name, const_value=ir.tensor(data.astype(np.int64), name=name))
+    value = ir.Value(name=name, const_value=ir.tensor(data, name=name))
     graph.register_initializer(value)
     return value

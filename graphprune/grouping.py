@@ -1,14 +1,17 @@
 """Groups and sites of a traced graph: which atoms of its axes can be cut, and what they are to an engineer."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from graphprune.graph import Branch, Group, Layer, Member, ModelGraph, Site
 from graphprune.operators import Attention, Convolution, Linear
 from graphprune.rule import shapes_of
 
 NORMS = frozenset({"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"})
+
+Named = TypeVar("Named", Group, Branch)
 
 
 def find_groups(graph: ModelGraph) -> tuple[Group, ...]:
@@ -21,7 +24,7 @@ def find_groups(graph: ModelGraph) -> tuple[Group, ...]:
                 members.setdefault(atom, []).append(Member(parameter.name, axis, rows))
     streams = _Streams(_added(graph), _normalised(graph))
     groups = [_group(graph, streams, atom, found) for atom, found in members.items() if graph.atom_sizes[atom] > 1]
-    return tuple(_unique(sorted(groups, key=lambda group: _order(graph, group))))
+    return tuple(unique(sorted(groups, key=lambda group: _order(graph, group)), lambda group: (group.name, group.kind)))
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,14 @@ def _order(graph: ModelGraph, group: Group) -> tuple[int, int]:
     return min((position[node] for node in group.producers + group.consumers), default=len(position)), group.atom
 
 
-def _unique(groups: Iterable[Group]) -> list[Group]:
-    """Number the groups that share a name and kind."""
-    found = list(groups)
-    shared = Counter((group.name, group.kind) for group in found)
-    seen: Counter[tuple[str, str]] = Counter()
+def unique(found: Iterable[Named], key: Callable[[Named], Hashable]) -> list[Named]:
+    """Number, in their names, the groups or branches that share a key."""
+    listed = list(found)
+    shared, seen = Counter(map(key, listed)), Counter[Hashable]()
     result = []
-    for group in found:
-        key = (group.name, group.kind)
-        seen[key] += 1
-        result.append(replace(group, name=f"{group.name}#{seen[key]}") if shared[key] > 1 else group)
+    for one in listed:
+        seen[key(one)] += 1
+        result.append(replace(one, name=f"{one.name}#{seen[key(one)]}") if shared[key(one)] > 1 else one)
     return result
 
 

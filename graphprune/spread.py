@@ -9,6 +9,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from graphprune.fold import initializer
+
 ACTIVATIONS = frozenset({"Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid"})
 """What ONNX Runtime fuses into a convolution."""
 
@@ -61,8 +63,8 @@ def _fold_norm(graph: ir.Graph, node: ir.Node, convolutions: list[ir.Node]) -> b
         scaled = weight * scale[part].reshape(-1, *[1] * (weight.ndim - 1))
         shifted = zero * scale[part] + offset[part]
         conv.resize_inputs(3)
-        conv.replace_input_with(1, _initializer(graph, f"{conv.outputs[0].name}_weight", scaled.astype(weight.dtype)))
-        conv.replace_input_with(2, _initializer(graph, f"{conv.outputs[0].name}_bias", shifted.astype(weight.dtype)))
+        conv.replace_input_with(1, initializer(graph, f"{conv.outputs[0].name}_weight", scaled.astype(weight.dtype)))
+        conv.replace_input_with(2, initializer(graph, f"{conv.outputs[0].name}_bias", shifted.astype(weight.dtype)))
     _replace(graph, node)
     return True
 
@@ -90,11 +92,3 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
 def _constant(value: ir.Value | None) -> NDArray[np.floating] | None:
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None else np.asarray(tensor.numpy())
-
-
-def _initializer(graph: ir.Graph, name: str, data: NDArray[np.floating]) -> ir.Value:
-    while name in graph.initializers:
-        name += "_"
-    value = ir.Value(name=name, const_value=ir.tensor(data, name=name))
-    graph.register_initializer(value)
-    return value
