@@ -7,8 +7,8 @@ missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), 
 
 - the policy warms up in imagination, on episodes judged by the error table, before the first trial;
 - later episodes are judged by a belief that every record corrects; plans already evaluated count as they were;
-- each round evaluates the most promising of the policy's own plans, its greedy decode, and variations of the best
-  plans in which the policy decides a few sites anew.
+- each round evaluates the most promising of the policy's own plans, its greedy decode, and plans bred in imagination:
+  generation by generation the policy decides a few sites of the most promising ones anew.
 """
 
 import random
@@ -42,8 +42,10 @@ STALLS = 4
 """The search ends after this many rounds in a row without a new plan."""
 EXPLORATION = 1.0
 """Standard deviations added to the believed reward when candidates are ranked (an upper confidence bound)."""
-ELITES = 4
-"""How many of the best plans are varied."""
+GENERATIONS = 12
+"""How often a round's most promising plans are varied before any of them is evaluated."""
+ELITES = 16
+"""How many of them live on from generation to generation."""
 CURIOSITY = 0.5
 """Chance that an open site of a variation is drawn uniformly instead of from the policy, which soon is too sure."""
 Vectors = NDArray[np.int64]
@@ -179,17 +181,31 @@ class Search:
             self._update()
             own = np.concatenate([self.decode(undecided, greedy=True), self.episodes.finished])
             tried = self._try(own, self.per_round // 2)
-            tried += self._try(self.decode(self._variations(), greedy=False), self.per_round - self.per_round // 2)
+            tried += self._try(self._breed(own), self.per_round - self.per_round // 2)
             stalls = 0 if tried else stalls + 1
 
-    def _variations(self) -> Vectors:
-        """The best plans so far with one to three sites left open (-1): [2 EPISODES, sites]."""
-        best = sorted(self.rewards, key=self.rewards.__getitem__, reverse=True)[:ELITES]
-        anchors = np.array(best, dtype=np.int64)[self.rng.integers(len(best), size=2 * EPISODES)]
+    def _breed(self, plans: Vectors) -> Vectors:
+        """What becomes of some plans and of all evaluated ones if, believed to be good, they are varied: [M, sites]."""
+        bred = pool = np.unique(np.concatenate([plans, np.array(list(self.rewards))]), axis=0)
+        for _ in range(GENERATIONS):
+            pool = pool[np.argsort(-self._promise(pool), kind="stable")[:ELITES]]
+            pool = np.unique(np.concatenate([pool, self.decode(self._opened(pool), greedy=False)]), axis=0)
+            bred = np.concatenate([bred, pool])
+        return bred
+
+    def _opened(self, plans: Vectors) -> Vectors:
+        """Plans drawn from some [M, sites] with one to three sites left open (-1): [2 EPISODES, sites]."""
+        anchors = plans[self.rng.integers(len(plans), size=2 * EPISODES)]
         sites = anchors.shape[1]
         for anchor in anchors:
             anchor[self.rng.choice(sites, size=min(sites, int(self.rng.integers(1, 4))), replace=False)] = -1
         return anchors
+
+    def _promise(self, plans: Vectors) -> NDArray[np.float64]:
+        """The upper confidence bound of each plan's reward."""
+        mean, deviation = self.belief.predict(plans)
+        promise: NDArray[np.float64] = mean + EXPLORATION * deviation
+        return promise
 
     def decode(self, anchors: Vectors, greedy: bool) -> Vectors:
         """Let the policy decide the open sites (-1) of `anchors` [N, sites]; the wall may overrule an anchor."""
@@ -197,13 +213,18 @@ class Search:
         with own_randomness(self.rng):
             for site in range(anchors.shape[1]):
                 masks = self.observer.masks(prefixes)
-                wanted = anchors[:, site]
-                kept = (wanted >= 0) & masks[np.arange(len(masks)), wanted]
-                actions, _ = self.ppo.predict(self.observer(prefixes), deterministic=greedy, action_masks=masks)
-                if not greedy:
-                    actions = np.where(self.rng.random(len(actions)) < CURIOSITY, self._any(masks), actions)
-                prefixes = np.concatenate([prefixes, np.where(kept, wanted, actions)[:, None]], axis=1)
+                taken = anchors[:, site].copy()
+                is_open = (taken < 0) | ~masks[np.arange(len(masks)), taken]
+                if is_open.any():
+                    taken[is_open] = self._decide(prefixes[is_open], masks[is_open], greedy)
+                prefixes = np.concatenate([prefixes, taken[:, None]], axis=1)
         return prefixes
+
+    def _decide(self, prefixes: Vectors, masks: NDArray[np.bool_], greedy: bool) -> Vectors:
+        """The policy's options for the next site of some prefixes; unless greedy, some are drawn uniformly instead."""
+        actions: Vectors
+        actions, _ = self.ppo.predict(self.observer(prefixes), deterministic=greedy, action_masks=masks)
+        return actions if greedy else np.where(self.rng.random(len(actions)) < CURIOSITY, self._any(masks), actions)
 
     def _any(self, masks: NDArray[np.bool_]) -> Vectors:
         """A legal action for each row of masks [N, options], drawn uniformly."""
@@ -215,8 +236,7 @@ class Search:
         fresh = np.array(list(dict.fromkeys(plan for plan in map(tuple, plans.tolist()) if plan not in self.rewards)))
         if not len(fresh):
             return 0
-        mean, deviation = self.belief.predict(fresh)
-        chosen = fresh[np.argsort(-(mean + EXPLORATION * deviation), kind="stable")[:count]]
+        chosen = fresh[np.argsort(-self._promise(fresh), kind="stable")[:count]]
         values = []
         for plan in map(tuple, chosen.tolist()):
             self.rewards[plan] = reward(self.problem, self.problem.evaluate(plan), plan)

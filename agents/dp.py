@@ -149,7 +149,7 @@ class Solver:
         choices = np.zeros(len(problem.decisions), dtype=np.int64)
         for component, kept, pick in zip(self.components, fronts, picks, strict=True):
             choices[list(component.sites)] = component.settings[kept[pick]]
-        plan = tuple(choices.tolist())
+        plan = problem.canonical(choices.tolist())
         return plan if problem.allows(plan) else None
 
 

@@ -27,5 +27,5 @@ class Magnitude:
         """Evaluate the greedy plan, or the cheapest one where the steps end before the target is met."""
         choices = problem.dense
         while not problem.feasible(choices) and (options := steps(problem, choices)):
-            choices = min(options)[1]
+            choices = problem.canonical(min(options)[1])
         problem.evaluate(choices if problem.allows(choices) else problem.cheapest)

@@ -36,7 +36,7 @@ def uniform_plans(problem: Problem) -> list[Choices]:
     plans = []
     for wanted in product(*menus):
         by_kind = dict(zip(kinds, wanted, strict=True))
-        plans.append(tuple(nearest(decision, by_kind[decision.kind]) for decision in problem.decisions))
+        plans.append(problem.canonical([nearest(decision, by_kind[decision.kind]) for decision in problem.decisions]))
     legal = [plan for plan in dict.fromkeys(plans) if problem.allows(plan)]
     return sorted(legal, key=problem.overrun, reverse=True)
 

@@ -242,8 +242,14 @@ class Candidates:
                 options.append(
                     Option(draft.pattern, draft.level, draft.keep, draft.share, error(alone), gain, geometry)
                 )
-            result.append(Decision(site.name, site.kind, nodes[site.node], tuple(options)))
+            result.append(Decision(site.name, site.kind, nodes[site.node], tuple(options), self._gone_with(number)))
         return tuple(result)
+
+    def _gone_with(self, number: int) -> tuple[int, ...]:
+        """The numbers of earlier sites whose branch holds all that is decided at a site."""
+        layers = frozenset(self.sites[number].layers)
+        branches = enumerate(site.branch for site in self.sites[:number])
+        return tuple(earlier for earlier, branch in branches if branch and layers and layers <= branch.inside)
 
 
 def _sum(constant: float, factors: Sequence[Factor]) -> Sum:

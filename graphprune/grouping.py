@@ -100,12 +100,15 @@ def unique(found: Iterable[Named], key: Callable[[Named], Hashable]) -> list[Nam
 
 
 def find_sites(graph: ModelGraph) -> tuple[Site, ...]:
-    """A site for each group that may be cut, each convolution whose kernel may be cut, and each residual branch."""
+    """A site for each group that may be cut, each convolution whose kernel may be cut, and each residual branch.
+
+    A branch comes before all that is inside it.
+    """
     position = {node.name: number for number, node in enumerate(graph.nodes)}
     sites = [_group_site(graph, group) for group in graph.all_groups if not group.frozen]
     sites += [_kernel_site(graph, layer) for layer in graph.layers if _has_kernel(layer)]
     sites += [_branch_site(graph, branch) for branch in graph.branches]
-    return tuple(sorted(sites, key=lambda site: (position[site.node], site.kind)))
+    return tuple(sorted(sites, key=lambda site: (position[site.node], site.kind, -len(site.layers))))
 
 
 def _group_site(graph: ModelGraph, group: Group) -> Site:

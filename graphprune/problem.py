@@ -40,12 +40,17 @@ class Option:
 
 @dataclass(frozen=True)
 class Decision:
-    """A site as agents see it: its options (option 0 is dense) and the node of the graph it belongs to."""
+    """A site as agents see it: its options (option 0 is dense) and the node of the graph it belongs to.
+
+    `gone_with` are the numbers of earlier decisions, about branches, after any of which but "dense" nothing is left
+    here to decide.
+    """
 
     site: str
     kind: str
     node: int
     options: tuple[Option, ...]
+    gone_with: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ class Problem:
         """Which options of site `len(prefix)` leave the target reachable: the action wall.
 
         An option passes if the target holds once every later site takes its cheapest option. Where none passes,
-        only the cheapest option is left, so that a mask is never empty.
+        only the cheapest option is left, so that a mask is never empty. In a branch that is gone only "dense" is left.
         """
         only: NDArray[np.bool_] = self.masks(np.array([prefix], dtype=np.int64).reshape(1, len(prefix)))[0]
         return only
@@ -175,19 +180,28 @@ class Problem:
         choices[:, :site] = prefixes
         passes: NDArray[np.bool_] = self.sweep_overruns(choices, site) <= 1.0 + ROUNDING
         passes[~passes.any(axis=1), self.cheapest[site]] = True
+        gone = prefixes[:, list(self.decisions[site].gone_with)].any(axis=1)
+        passes[gone] = np.arange(passes.shape[1]) == 0
         return passes
 
+    def canonical(self, choices: Sequence[int]) -> Choices:
+        """The choice vector of the same plan in which nothing is decided inside a branch that is gone."""
+        return tuple(
+            0 if any(choices[number] for number in decision.gone_with) else int(option)
+            for decision, option in zip(self.decisions, choices, strict=True)
+        )
+
     def allows(self, choices: Sequence[int]) -> bool:
-        """Whether the action wall lets a whole choice vector through, site by site."""
+        """Whether the action wall lets a whole choice vector through, site by site; it has to be canonical."""
         return all(self.mask(choices[:site])[option] for site, option in enumerate(choices))
 
     def plan(self, choices: Sequence[int]) -> Plan:
-        """The plan of a choice vector."""
+        """The plan of a choice vector; vectors that differ only inside a branch that is gone have the same one."""
         return Plan(
             self.model,
             tuple(
                 Choice(decision.site, option.pattern, option.level, option.keep)
-                for decision, index in zip(self.decisions, choices, strict=True)
+                for decision, index in zip(self.decisions, self.canonical(choices), strict=True)
                 if index and (option := decision.options[index])
             ),
             self.inputs,
@@ -197,7 +211,7 @@ class Problem:
         """Judge a choice vector. Every call counts as a trial, repeats too; raises BudgetSpent when none is left."""
         if self.remaining <= 0:
             raise BudgetSpent
-        vector = tuple(int(index) for index in choices)
+        vector = self.canonical(choices)
         if vector not in self._seen:
             self._seen[vector] = self.evaluator(vector)
         self.records.append(self._seen[vector])

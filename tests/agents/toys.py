@@ -1,6 +1,7 @@
 """Small problems whose best plan can be found by enumeration."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -56,6 +57,21 @@ def problem(
         trials=trials,
     )
     accuracy = hidden_accuracy(rng, errors)
+    return made
+
+
+def with_branch(seed: int = 0, limit: float = 0.4, trials: int = 20) -> Problem:
+    """Three sites: whether a branch stays, the four options inside it, and three outside.
+
+    Nothing that is decided inside a branch that is gone costs or errs, nor does it matter to the accuracy.
+    """
+    made = problem(seed, sizes=(2, 4, 3), limit=limit, trials=trials, pairs=False)
+    outside = made.decisions[2]
+    inside = replace(made.decisions[1], gone_with=(0,))
+    made.decisions = (replace(made.decisions[0], kind="block"), inside, outside)
+    errors, costs = ([factor.table for factor in total.factors] for total in (made.error, made.costs["latency"]))
+    made.error = Sum(0.0, (Factor((0, 1), np.stack([errors[1], 0 * errors[1] + 1.2])), Factor((2,), errors[2])))
+    made.costs = {"latency": Sum(0.0, (Factor((0, 1), np.stack([costs[1], 0 * costs[1]])), Factor((2,), costs[2])))}
     return made
 
 

@@ -10,7 +10,7 @@ import torch
 from graphprune.agents import AGENTS, create
 from graphprune.problem import BudgetSpent, Choices, Problem, Sum
 from graphprune.record import Record
-from tests.agents.toys import problem
+from tests.agents.toys import problem, with_branch
 
 EVERY = sorted(AGENTS)
 
@@ -62,6 +62,16 @@ def test_every_cost_counts(agent: str) -> None:
     for choices in search(agent, made):
         assert made.costs["latency"](choices) <= 0.6 + 1e-9
         assert made.costs["flops"](choices) <= 0.35 + 1e-9
+
+
+@pytest.mark.parametrize("agent", EVERY)
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_is_decided_inside_a_branch_that_is_gone(agent: str, seed: int) -> None:
+    made = with_branch(seed)
+    asked = search(agent, made)
+    assert len({made.plan(choices) for choices in asked}) == len(asked)
+    assert asked == [made.canonical(choices) for choices in asked]
+    assert all(made.allows(choices) for choices in asked)
 
 
 @pytest.mark.parametrize("agent", EVERY)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from graphprune.problem import BudgetSpent
-from tests.agents.toys import feasible_plans, problem
+from tests.agents.toys import feasible_plans, problem, with_branch
 
 MADE = problem(5, sizes=(3, 4, 2, 5), limit=0.5, trials=2)
 SOME = np.stack([np.random.default_rng(0).integers(0, size, 20) for size in (3, 4, 2, 5)], axis=1)
@@ -57,3 +57,18 @@ def test_every_evaluation_counts_but_the_evaluator_is_asked_once() -> None:
     assert (len(made.records), made.remaining) == (3, 0)
     with pytest.raises(BudgetSpent):
         made.evaluate((0, 0, 0, 0))
+
+
+def test_plans_that_differ_inside_a_branch_that_is_gone_are_one() -> None:
+    made = with_branch(trials=9)
+    assert made.canonical((1, 3, 2)) == (1, 0, 2)
+    assert made.canonical((0, 3, 2)) == (0, 3, 2)
+    assert made.plan((1, 3, 2)) == made.plan((1, 0, 2)) != made.plan((0, 3, 2))
+    assert made.mask((1,)).tolist() == [True, False, False, False]
+    assert made.mask((0,)).sum() > 1
+    assert made.masks(np.array([[0], [1]]))[1].tolist() == made.mask((1,)).tolist()
+    first = made.evaluate((1, 3, 2))
+    assert made.evaluate((1, 1, 2)) is first
+    assert [choices for choices in np.ndindex(2, 4, 3) if made.allows(choices)] == [
+        choices for choices in feasible_plans(made) if made.canonical(choices) == choices
+    ]

@@ -418,6 +418,13 @@ def test_decisions_are_finite_and_a_branch_comes_before_what_is_inside_it() -> N
     decisions = found.decisions(found.error(), {node.name: n for n, node in enumerate(found.graph.nodes)})
     names = [decision.site for decision in decisions]
     assert names.index("blocks.0.attn/block") < names.index("blocks.0.attn/heads")
+    inside = {x.site: [names[n] for n in x.gone_with] for x in decisions if x.gone_with}
+    assert inside == {
+        "blocks.0.attn/heads": ["blocks.0.attn/block"],
+        "blocks.0.mlp.fc1/hidden": ["blocks.0.mlp/block"],
+        "blocks.1.attn/heads": ["blocks.1.attn/block"],
+        "blocks.1.mlp.fc1/hidden": ["blocks.1.mlp/block"],
+    }
     for decision in decisions:
         for option in decision.options:
             assert np.isfinite([option.gain, option.error, option.kept_share]).all()
