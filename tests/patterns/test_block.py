@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graphprune import candidates as tables
-from graphprune import checkpoint
+from graphprune import checkpoint, models
 from graphprune.branches import outermost
 from graphprune.calibration import calibrate
 from graphprune.candidates import Candidates
@@ -324,6 +324,24 @@ def test_the_exported_file_does_not_pay_for_zeros(name: str, tmp_path: Path) -> 
         dense = Counter(node.op_type for node in onnx.load(export_onnx(model, tmp_path / "d.onnx", inputs)).graph.node)
         assert kinds["ConstantOfShape"] + kinds["Expand"] <= dense["ConstantOfShape"] + dense["Expand"]
         assert dense["Add"] - kinds["Add"] >= len(branch_sites(graph))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_another_zero_constant_does_not_bring_the_branch_back(dynamic: bool, tmp_path: Path) -> None:
+    """The shortcuts pad with 0.0; exporters store constants that are equal once, and -0.0 equals 0.0."""
+    model = scramble(models.create("cifar:resnet20"), dtype=torch.float32)
+    inputs = [torch.randn(2, 3, 32, 32)]
+    graph = trace(model, inputs)
+    sites = branch_sites(graph)
+    pruned = operate(model, graph, removing(graph, *sites)).model
+    kinds = []
+    for module, file in ((model, "dense.onnx"), (pruned, "pruned.onnx")):
+        path = export_onnx(module, tmp_path / file, inputs, dynamic)
+        kinds.append(Counter(node.op_type for node in onnx.load(path).graph.node))
+    dense, left = kinds
+    assert dense["Add"] - left["Add"] == dense["Relu"] - left["Relu"] == len(sites) > 3
+    assert dense["Conv"] - left["Conv"] == 2 * len(sites)
+    assert not {"Neg", "Expand", "ConstantOfShape"} & left.keys() - dense.keys()
 
 
 def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
