@@ -78,6 +78,13 @@ def only_plan(problem: Problem) -> Choices | None:
     return choices
 
 
+def promise(belief: Belief, plans: Vectors) -> NDArray[np.float64]:
+    """The upper confidence bound of the reward of plans [N, sites]: [N]."""
+    mean, deviation = belief.predict(plans)
+    bound: NDArray[np.float64] = mean + EXPLORATION * deviation
+    return bound
+
+
 class AutoSculpt:
     """The main agent. `load_policy` before `run` starts from the weights of an earlier run, on any model."""
 
@@ -188,7 +195,7 @@ class Search:
         """What becomes of some plans and of all evaluated ones if, believed to be good, they are varied: [M, sites]."""
         bred = pool = np.unique(np.concatenate([plans, np.array(list(self.rewards))]), axis=0)
         for _ in range(GENERATIONS):
-            pool = pool[np.argsort(-self._promise(pool), kind="stable")[:ELITES]]
+            pool = pool[np.argsort(-promise(self.belief, pool), kind="stable")[:ELITES]]
             pool = np.unique(np.concatenate([pool, self.decode(self._opened(pool), greedy=False)]), axis=0)
             bred = np.concatenate([bred, pool])
         return bred
@@ -200,12 +207,6 @@ class Search:
         for anchor in anchors:
             anchor[self.rng.choice(sites, size=min(sites, int(self.rng.integers(1, 4))), replace=False)] = -1
         return anchors
-
-    def _promise(self, plans: Vectors) -> NDArray[np.float64]:
-        """The upper confidence bound of each plan's reward."""
-        mean, deviation = self.belief.predict(plans)
-        promise: NDArray[np.float64] = mean + EXPLORATION * deviation
-        return promise
 
     def decode(self, anchors: Vectors, greedy: bool) -> Vectors:
         """Let the policy decide the open sites (-1) of `anchors` [N, sites]; the wall may overrule an anchor."""
@@ -232,11 +233,15 @@ class Search:
         return actions
 
     def _try(self, plans: Vectors, count: int) -> int:
-        """Evaluate the `count` most promising new plans; returns how many there were."""
+        """Evaluate the `count` most promising new plans, each chosen as if the others were known; returns how many."""
         fresh = np.array(list(dict.fromkeys(plan for plan in map(tuple, plans.tolist()) if plan not in self.rewards)))
         if not len(fresh):
             return 0
-        chosen = fresh[np.argsort(-self._promise(fresh), kind="stable")[:count]]
+        belief, chosen = self.belief, fresh[:0]
+        for _ in range(min(count, len(fresh))):
+            best = promise(belief, fresh).argmax()
+            chosen = np.concatenate([chosen, fresh[[best]]])
+            belief, fresh = belief.supposing(fresh[[best]]), np.delete(fresh, best, axis=0)
         values = []
         for plan in map(tuple, chosen.tolist()):
             self.rewards[plan] = reward(self.problem, self.problem.evaluate(plan), plan)

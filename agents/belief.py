@@ -4,6 +4,7 @@ A Gaussian process (Rasmussen and Williams, 2006, algorithm 2.1) over choice vec
 logarithm of the predicted error; its kernel sums how many sites agree and a linear kernel over the layers' errors.
 """
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +23,10 @@ FEWEST = 4
 
 @dataclass(frozen=True)
 class Fit:
-    """A posterior: length scale, Cholesky factor [M, M], weights [M] and log marginal likelihood."""
+    """A posterior: length scale, noise, Cholesky factor [M, M], weights [M] and log marginal likelihood."""
 
     length: float
+    noise: float
     factor: Floats
     weights: Floats
     likelihood: float
@@ -55,10 +57,21 @@ class Belief:
         slope = float(np.cov(prior, self._rewards)[0, 1] / max(prior.var(ddof=1), 1e-9))
         slope = max(slope, 0.0)  # a table that misleads says nothing
         self._line = (float(self._rewards.mean() - slope * prior.mean()), slope)
-        rest = self._rewards - self._line[0] - slope * prior
-        self._scale = max(float(rest.std()), 1e-3 * spread)
-        fits = [self._posterior(rest / self._scale, length, noise) for length in LENGTHS for noise in NOISES]
+        self._scale = max(float(self._rest().std()), 1e-3 * spread)
+        fits = [self._posterior(length, noise) for length in LENGTHS for noise in NOISES]
         self._fit = max(fits, key=lambda fit: fit.likelihood)
+
+    def supposing(self, choices: NDArray[np.int64]) -> "Belief":
+        """Another belief, for which these plans [N, sites] turned out as this one has it, so that they are less open.
+
+        The kriging believer (Ginsbourger, Le Riche and Carraro 2010) chooses several plans at once that way.
+        """
+        other = copy(self)
+        other._choices = np.concatenate([self._choices, choices])
+        other._rewards = np.concatenate([self._rewards, self.predict(choices)[0]])
+        if self._fit is not None:
+            other._fit = other._posterior(self._fit.length, self._fit.noise)
+        return other
 
     def predict(self, choices: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Mean and standard deviation of the reward of plans [N, sites]."""
@@ -84,9 +97,15 @@ class Belief:
         kernel: Floats = np.exp(-differing / length) + self._parts(left) @ self._parts(right).T
         return kernel
 
-    def _posterior(self, rest: Floats, length: float, noise: float) -> Fit:
-        """Condition on residuals [M] of unit variance."""
+    def _rest(self) -> Floats:
+        """What the line leaves unexplained: [M]."""
+        rest: Floats = self._rewards - self._line[0] - self._line[1] * self._prior(self._choices)
+        return rest
+
+    def _posterior(self, length: float, noise: float) -> Fit:
+        """Condition on the residuals, scaled to unit variance."""
+        rest = self._rest() / self._scale
         kernel = self._kernel(self._choices, self._choices, length) + noise * np.eye(len(rest))
         factor = cholesky(kernel, lower=True)
         weights = cho_solve((factor, True), rest)
-        return Fit(length, factor, weights, float(-0.5 * rest @ weights - np.log(np.diag(factor)).sum()))
+        return Fit(length, noise, factor, weights, float(-0.5 * rest @ weights - np.log(np.diag(factor)).sum()))

@@ -16,12 +16,18 @@ def setting(option: Option) -> Setting:
 
 
 def nearest(decision: Decision, wanted: Setting) -> int:
-    """The option with that setting or, where the site lacks it, the one with the nearest kept share."""
+    """The option with that setting or, where the site lacks it, the one with the nearest kept share.
+
+    Among kernels only whole windows are near each other: where filters differ nothing is like it, and the site stays.
+    """
     for index, option in enumerate(decision.options):
         if setting(option) == wanted:
             return index
     share = sum(wanted) / len(wanted) if isinstance(wanted, tuple) else wanted
-    return min(range(len(decision.options)), key=lambda index: abs(decision.options[index].kept_share - share))
+    near = list(range(len(decision.options)))
+    if isinstance(wanted, tuple):
+        near = [index for index in near if {*wanted, *decision.options[index].geometry} <= {0, 1}] or [0]
+    return min(near, key=lambda index: abs(decision.options[index].kept_share - share))
 
 
 def uniform_plans(problem: Problem) -> list[Choices]:

@@ -13,11 +13,12 @@ from math import isfinite, prod
 import numpy as np
 import torch
 
+from graphprune.axes import Indices
 from graphprune.calibration import Statistics
 from graphprune.cases import operators
 from graphprune.compensation import Consumer, filter_errors, rank_units, solve
-from graphprune.cuts import Cuts, join
-from graphprune.graph import Layer, ModelGraph, Site, Window
+from graphprune.cuts import Cuts, checked, join
+from graphprune.graph import Layer, ModelGraph, Patch, Site
 from graphprune.operators import Convolution, Operator
 from graphprune.pattern import Level, Pattern, Scores
 from graphprune.problem import Decision, Factor, Floats, Option, Sum
@@ -56,13 +57,13 @@ class Candidates:
         """Measure what is not in the profile yet and choose the kept units of every legal level."""
         self.profile.fill(operators(self.graph, self.patterns, self.profile.block), progress)
         for site in self.graph.all_sites:
-            scores: dict[tuple[Window, ...], Scores] = {}
+            scores: dict[tuple[Patch, ...], Scores] = {}
             drafts = [_Draft("dense", "dense", tuple(range(site.size)), 1.0, Cuts())]
             for pattern, level in self._legal(site):
-                windows = pattern.windows(site)
-                if level.count and not level.keep and windows not in scores:
-                    scores[windows] = self._window_scores(site, windows) if windows else self._scores(site)
-                keep = level.keep or (pattern.choose(site, level, scores[windows]) if level.count else ())
+                patches = pattern.patches(site)
+                if level.count and not level.keep and patches not in scores:
+                    scores[patches] = self._patch_scores(site, patches) if patches else self._scores(site)
+                keep = level.keep or (pattern.choose(site, level, scores[patches]) if level.count else ())
                 share, error = len(keep) / pattern.units(site), pattern.error(site, keep, self.statistics)
                 drafts.append(_Draft(pattern.name, level.name, keep, share, pattern.rewrite(site, keep), error))
             if len(drafts) > 1:
@@ -81,17 +82,15 @@ class Candidates:
             return rank_units(consumers, site.size)
         return magnitudes(self.graph, site.atom)
 
-    def _window_scores(self, site: Site, windows: Sequence[Window]) -> Scores:
-        """Higher where a window costs a filter less [filters, windows]; without calibration, by the weights alone."""
+    def _patch_scores(self, site: Site, patches: Sequence[Patch]) -> Scores:
+        """Higher where a patch costs a filter less [filters, patches]; without calibration, by the weights alone."""
         layer = self.graph.layer[site.node]
         moments = self.statistics.get(layer.node)
+        features = [patch_features(layer, patch, np.arange(site.channels)) for patch in patches]
         if moments is None:
-            weight = self.graph.exported.state_dict[layer.weight].detach().double().square().sum(1)
-            kept = [weight[:, top:bottom, left:right].sum((1, 2)) for (top, bottom), (left, right) in windows]
-            return np.asarray(torch.stack(kept, 1).numpy())
-        cuts = [Cuts(windows={site.node: window}) for window in windows]
-        errors = [filter_errors(moments, kept_features(layer, cut)) for cut in cuts]
-        return np.asarray(-torch.stack(errors, 1).numpy())
+            weight = self.graph.exported.state_dict[layer.weight].detach().double().square().flatten(1)
+            return np.asarray(torch.stack([weight[:, kept].sum(1) for kept in features], 1).numpy())
+        return np.asarray(-torch.stack([filter_errors(moments, kept) for kept in features], 1).numpy())
 
     def _consumer(self, site: Site, layer: Layer) -> Consumer | None:
         moments = self.statistics.get(layer.node)
@@ -113,8 +112,9 @@ class Candidates:
         return [number for number, site in enumerate(self.sites) if layer.node in site.layers]
 
     def cuts(self, choices: Sequence[int]) -> Cuts:
-        """What a choice vector cuts."""
-        return join(*(self.drafts[site.name][index].cuts for site, index in zip(self.sites, choices, strict=True)))
+        """What a choice vector cuts. Raises InputError where one cut excludes another, which costs infinity."""
+        chosen = (self.drafts[site.name][index].cuts for site, index in zip(self.sites, choices, strict=True))
+        return checked(self.graph, join(*chosen))
 
     def _table_operators(self) -> list[Operator]:
         found: list[Operator] = []
@@ -170,7 +170,19 @@ class Candidates:
                 continue
             for factor in self._factors(layer, sites, lambda cuts, layer=layer: _cost(layer, cuts, value)):  # type: ignore[misc]
                 factors.append(Factor(factor.sites, np.nan_to_num(factor.table * scale, nan=np.inf, posinf=np.inf)))
-        return _sum(float(constant), factors)
+        return _sum(float(constant), factors + self._clashes())
+
+    def _clashes(self) -> list[Factor]:
+        """Infinite where one site cuts or moves what another, which divides a convolution into groups, needs whole."""
+        found = []
+        for number, site in enumerate(self.sites):
+            divided = [bool(draft.cuts.groups) for draft in self.drafts[site.name]]
+            for other, maker in enumerate(self.sites) if any(divided) else ():
+                layer = self.graph.layer[site.node]
+                disturbing = [draft.cuts.disturbs(layer) for draft in self.drafts[maker.name]]
+                if other != number and any(disturbing):
+                    found.append(Factor((other, number), np.where(np.outer(disturbing, divided), np.inf, 0.0)))
+        return found
 
     def error(self) -> Sum:
         """The total relative error of all layers, exact for each layer, added over layers (OBC's independence)."""
@@ -202,20 +214,20 @@ class Candidates:
         if cuts.drops(layer):  # what the branch was worth is the branch's own error
             return 0.0
         moments = self.statistics[layer.node]
-        if layer.node in cuts.mixes:
-            return self._mixture_error(layer, cuts)
+        if layer.node in {*cuts.mixes, *cuts.groups}:
+            return self._patches_error(layer, cuts)
         kept = kept_features(layer, cuts)
         if len(kept) == moments.second.shape[-1]:
             return 0.0
         return solve(moments, kept)[1]
 
-    def _mixture_error(self, layer: Layer, cuts: Cuts) -> float:
-        """The errors of the filters, each under its own window; those of cut filters count as if they were kept."""
-        windows, error = cuts.mixes[layer.node], 0.0
-        for window in dict.fromkeys(windows):
-            whole = Cuts(cuts.keep, {layer.node: window})
-            errors = filter_errors(self.statistics[layer.node], kept_features(layer, whole))
-            error += float(errors[torch.tensor([own == window for own in windows])].sum())
+    def _patches_error(self, layer: Layer, cuts: Cuts) -> float:
+        """The errors of the filters, each under its own patch; those of cut filters count as if they were kept."""
+        patches, error = cuts.patches(layer), 0.0
+        for patch in dict.fromkeys(patches):
+            kept = patch_features(layer, patch, layer.inputs.kept(cuts.keep))
+            errors = filter_errors(self.statistics[layer.node], kept)
+            error += float(errors[torch.tensor([own == patch for own in patches])].sum())
         return error
 
     def _uncalibrated(self, factors: Sequence[Factor]) -> list[Factor]:
@@ -238,7 +250,7 @@ class Candidates:
             for index, draft in enumerate(self.drafts[site.name]):
                 alone = (*dense[:number], index, *dense[number + 1 :])
                 gain = self.profile.gain((x.operator for x in layers), (draft.cuts.operator(x) for x in layers))
-                geometry = _bits(site, draft.keep) if site.kind == "kernel" else ()
+                geometry = _bits(layers[0], draft.cuts) if site.kind == "kernel" else ()
                 options.append(
                     Option(draft.pattern, draft.level, draft.keep, draft.share, error(alone), gain, geometry)
                 )
@@ -259,8 +271,8 @@ def _sum(constant: float, factors: Sequence[Factor]) -> Sum:
 
 
 def _offered(layer: Layer, cuts: Cuts) -> bool:
-    """Not where a mixed convolution loses filters too: its parts would no longer be whole blocks, which is slow."""
-    return layer.node not in cuts.mixes or not layer.outputs.atoms() & cuts.keep.keys()
+    """Not cuts that exclude another; nor a mix that loses filters too: its parts would be no whole blocks, and slow."""
+    return cuts.fits(layer) and (layer.node not in cuts.mixes or not layer.outputs.atoms() & cuts.keep.keys())
 
 
 def _cost(layer: Layer, cuts: Cuts, value: Callable[[Operator], float]) -> float:
@@ -272,22 +284,32 @@ def kept_features(layer: Layer, cuts: Cuts) -> torch.Tensor:
     if not isinstance(layer.operator, Convolution):
         return torch.from_numpy(layer.inputs.kept(cuts.keep))
     height, width = layer.operator.kernel
-    (top, bottom), (left, right) = cuts.windows.get(layer.node, ((0, height), (0, width)))
+    inputs = layer.operator.inputs // layer.operator.groups
+    channels = layer.inputs.kept(cuts.keep) if layer.groups is None else np.arange(inputs)
+    window = cuts.windows.get(layer.node, ((0, height), (0, width)))
+    return patch_features(layer, (*window, (0, inputs)), channels)
+
+
+def patch_features(layer: Layer, patch: Patch, channels: Indices) -> torch.Tensor:
+    """The features of a convolution that a filter with this patch reads, of those on some channels."""
+    assert isinstance(layer.operator, Convolution)
+    height, width = layer.operator.kernel
+    (top, bottom), (left, right), (first, last) = patch
     taps = np.arange(height * width).reshape(height, width)[top:bottom, left:right].reshape(-1)
-    channels = np.arange(layer.operator.inputs // layer.operator.groups)
-    if layer.groups is None:
-        channels = layer.inputs.kept(cuts.keep)
-    return torch.from_numpy((channels[:, None] * (height * width) + taps[None, :]).reshape(-1))
+    inside = channels[(channels >= first) & (channels < last)]
+    return torch.from_numpy((inside[:, None] * (height * width) + taps[None, :]).reshape(-1))
 
 
-def _bits(site: Site, keep: Sequence[int]) -> tuple[float, ...]:
-    """The kept positions of a kernel as 3x3 bits; larger kernels are sampled at their edges and middle.
-
-    Where filters differ (`keep` counts on from filter to filter), each bit is the share of filters that keep it.
-    """
-    height, width = site.kernel
-    filters = max(keep) // site.size + 1
-    kept = np.bincount(np.asarray(keep) % site.size, minlength=site.size).reshape(height, width) / filters
+def _bits(layer: Layer, cuts: Cuts) -> tuple[float, ...]:
+    """What is kept of a kernel as 3x3 bits, each the share of weights kept; larger ones at their edges and middle."""
+    operator = layer.operator
+    assert isinstance(operator, Convolution)
+    height, width = operator.kernel
+    window = cuts.windows.get(layer.node, ((0, height), (0, width)))
+    patches = cuts.patches(layer) or ((*window, (0, operator.inputs // operator.groups)),)
+    kept = np.zeros((height, width))
+    for (top, bottom), (left, right), (first, last) in patches:
+        kept[top:bottom, left:right] += (last - first) * operator.groups / operator.inputs / len(patches)
     rows = (0, height // 2, height - 1)
     columns = (0, width // 2, width - 1)
     return tuple(round(float(kept[row, column]), 3) for row in rows for column in columns)

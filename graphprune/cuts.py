@@ -9,7 +9,7 @@ import numpy as np
 
 from graphprune.axes import Indices
 from graphprune.errors import InputError
-from graphprune.graph import Branch, Layer, ModelGraph, Window
+from graphprune.graph import Branch, Layer, ModelGraph, Patch, Window
 from graphprune.operators import Absent, Convolution, Mixture, Operator
 from graphprune.plan import Choice, Plan
 
@@ -20,13 +20,16 @@ class Cuts:
 
     `keep`: atom -> the indices that stay; `windows`: node of a convolution -> the window of its kernel; `dropped`: the
     residual branches that go as a whole, whatever else is cut in them; `mixes`: node of a convolution -> a window for
-    each of its dense filters; `order`: atom -> all its indices, so ordered that filters of one window stand together.
+    each of its dense filters; `groups`: node of a convolution -> for each of its dense filters the group it is in, and
+    so which channels it reads; `order`: atom -> all its indices, so ordered that filters of one window or group stand
+    together.
     """
 
     keep: Mapping[int, Indices] = field(default_factory=dict)
     windows: Mapping[str, Window] = field(default_factory=dict)
     dropped: tuple[Branch, ...] = ()
     mixes: Mapping[str, tuple[Window, ...]] = field(default_factory=dict)
+    groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     order: Mapping[int, Indices] = field(default_factory=dict)
 
     @cached_property
@@ -54,14 +57,41 @@ class Cuts:
             (window, len(list(same))) for window, same in groupby(windows[i] for i in layer.outputs.kept(self.kept))
         ]
 
+    def patches(self, layer: Layer) -> tuple[Patch, ...]:
+        """What each dense filter of a convolution keeps, where they differ; else nothing."""
+        operator = layer.operator
+        assert isinstance(operator, Convolution)
+        if layer.node in self.groups:
+            size = operator.inputs // self.group_count(layer)
+            rows, columns = ((0, side) for side in operator.kernel)
+            return tuple((rows, columns, (own * size, (own + 1) * size)) for own in self.groups[layer.node])
+        return tuple((*window, (0, operator.inputs)) for window in self.mixes.get(layer.node, ()))
+
+    def group_count(self, layer: Layer) -> int:
+        """Into how many groups a convolution is divided."""
+        return max(self.groups[layer.node]) + 1
+
+    def disturbs(self, layer: Layer) -> bool:
+        """Whether the layer cannot be divided into groups beside these cuts: its channels are cut or moved, or its
+        filters cut.
+        """
+        return bool((layer.inputs.atoms() & self.kept.keys()) | (layer.outputs.atoms() & self.keep.keys()))
+
+    def fits(self, layer: Layer) -> bool:
+        """Whether all cuts of a layer go together."""
+        return layer.node not in self.groups or not self.disturbs(layer)
+
     def operator(self, layer: Layer) -> Operator:
         """The operator that a layer becomes."""
         if self.drops(layer):
             return Absent()
         whole = layer.after(self.sizes, self.windows.get(layer.node))
+        if not isinstance(whole, Convolution):
+            return whole
+        if layer.node in self.groups:
+            return replace(whole, groups=self.group_count(layer))
         if layer.node not in self.mixes:
             return whole
-        assert isinstance(whole, Convolution)
         return Mixture(tuple(replace(whole, outputs=n).window(*window) for window, n in self.runs(layer)))
 
 
@@ -72,15 +102,24 @@ def join(*cuts: Cuts) -> Cuts:
     dropped = tuple(dict.fromkeys(branch for cut in cuts for branch in cut.dropped))
     gone = frozenset().union(*(branch.inside for branch in dropped))  # which has no other change
     mixes = {node: mix for cut in cuts for node, mix in cut.mixes.items() if node not in gone}
+    groups = {node: own for cut in cuts for node, own in cut.groups.items() if node not in gone}
     order = {atom: indices for cut in cuts for atom, indices in cut.order.items()}
-    return Cuts(keep, windows, dropped, mixes, order)
+    return Cuts(keep, windows, dropped, mixes, groups, order)
 
 
 def resolve(graph: ModelGraph, plan: Plan) -> Cuts:
-    """What a plan cuts in this graph. Raises InputError for a plan of another model."""
+    """What a plan cuts in this graph. Raises InputError for a plan of another model, or cuts that exclude another."""
     if plan.model != graph.signature:
         raise InputError(f"the plan was made for another model (it names {plan.model}, this one is {graph.signature})")
-    return join(*(_resolve_choice(graph, choice) for choice in plan.choices))
+    return checked(graph, join(*(_resolve_choice(graph, choice) for choice in plan.choices)))
+
+
+def checked(graph: ModelGraph, cuts: Cuts) -> Cuts:
+    """The cuts themselves. Raises InputError where one excludes another."""
+    for node in cuts.groups:
+        if not cuts.fits(layer := graph.layer[node]):
+            raise InputError(f"{layer.module!r} cannot be divided into groups: filters or channels are cut or moved")
+    return cuts
 
 
 def _resolve_choice(graph: ModelGraph, choice: Choice) -> Cuts:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from graphprune import checkpoint, models, surgery, tensors
+from graphprune import checkpoint, engines, models, surgery, tensors
 from graphprune.atomic import write_bytes, write_text
 from graphprune.counting import Counts, count
 from graphprune.engines.base import Engine, Timing
-from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError, StepError
 from graphprune.export import export_onnx
 from graphprune.layout import DENSE_ONNX, DENSE_WEIGHTS, PRUNED_ONNX, REPORT, TRIALS
@@ -68,8 +67,8 @@ def deliver(result: Result, folder: Path, engine: Engine, progress: Progress, ti
 
 
 def timed(files: Sequence[Path], engine: Engine, rounds: int = ROUNDS) -> Measurement:
-    """Measure ONNX files against the first one; ONNX Runtime does so in a fresh process."""
-    return measure(files, rounds=rounds, engine=engine, fresh=isinstance(engine, OnnxRuntimeEngine))
+    """Measure ONNX files against the first one; real engines do so in a fresh process."""
+    return measure(files, rounds=rounds, engine=engine, fresh=engines.settings_of(engine) is not None)
 
 
 def _final(result: Result, dense: Counts, pruned: Counts, measurement: Measurement) -> Result:

@@ -197,7 +197,7 @@ class _Labels:
         return [
             choice
             for choice, cuts in self.choices
-            if layer.node in {*cuts.windows, *cuts.mixes}
+            if layer.node in {*cuts.windows, *cuts.mixes, *cuts.groups}
             or cuts.drops(layer)
             or cuts.keep.keys() & layer.outputs.atoms()
         ]

@@ -13,7 +13,7 @@ from graphprune.cuts import Cuts
 from graphprune.graph import Branch, ModelGraph
 from graphprune.rules import RULES
 from graphprune.tracing import operator_name, owner_path, state_of
-from graphprune.window import mixed, padded_conv2d, window_padding
+from graphprune.window import block_diagonal, mixed, padded_conv2d, window_padding
 
 _SPLITS = {"split", "chunk", "unsafe_chunk", "tensor_split"}
 
@@ -60,6 +60,8 @@ def cut_program(graph: ModelGraph, cuts: Cuts, model: nn.Module) -> nn.Module:
     _load_cut(module, graph, cuts, model)
     for name in cuts.mixes:
         _mix_kernels(module, nodes[name], graph, cuts)
+    for name in cuts.groups:
+        _rewrite(nodes[name], "groups", cuts.group_count(graph.layer[name]))
     _drop(module, cuts.dropped)
     module.graph.lint()
     module.recompile()
@@ -149,6 +151,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _load_cut(module: nn.Module, graph: ModelGraph, cuts: Cuts, model: nn.Module) -> None:
     windows = {graph.layer[node].weight: window for node, window in cuts.windows.items()}
+    groups = {graph.layer[node].weight: cuts.group_count(graph.layer[node]) for node in cuts.groups}
     state = state_of(model)
     tied: dict[int, torch.Tensor] = {}
     for parameter in graph.parameters:
@@ -164,6 +167,8 @@ def _load_cut(module: nn.Module, graph: ModelGraph, cuts: Cuts, model: nn.Module
         if parameter.name in windows:
             (top, bottom), (left, right) = windows[parameter.name]
             small = small[:, :, top:bottom, left:right].clone()
+        if parameter.name in groups:
+            small = block_diagonal(small, groups[parameter.name])
         if isinstance(value, nn.Parameter):
             small = nn.Parameter(small, value.requires_grad)
         tied[id(value)] = small

@@ -42,18 +42,14 @@ class Request:
     @property
     def batched(self) -> tuple[bool, ...]:
         """Which inputs have the batch axis: those whose first axis is as long as that of the first input."""
-        return tuple(x.dim() > 0 and x.shape[0] == self.batch for x in self.inputs)
+        return _batched(self.inputs, self.inputs[0])
 
 
 def prepare(model: nn.Module, example: Tensor | Sequence[Tensor], dynamic: bool, opset: int | None) -> Request:
-    given = (example,) if isinstance(example, Tensor) else tuple(example)
-    if not given or not all(isinstance(x, Tensor) for x in given):
-        raise InputError("example_inputs must be a tensor or a tuple of tensors")
-    inputs = tuple(x.detach().cpu() for x in given)
-    if any(x.dtype == torch.bfloat16 for x in inputs):
-        raise InputError("ONNX Runtime takes no bfloat16 inputs: export the model in float32")
-    if dynamic and inputs[0].dim() and inputs[0].shape[0] == 1:  # torch.export would treat a batch of 1 as fixed
-        inputs = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in inputs)
+    inputs = _checked((example,) if isinstance(example, Tensor) else tuple(example))
+    if dynamic and inputs[0].shape[:1] == (1,):  # torch.export would treat a batch of 1 as fixed
+        single = _batched(inputs, inputs[0])
+        inputs = tuple(torch.cat([x, x]) if alone else x for x, alone in zip(inputs, single, strict=True))
     subject = copy.deepcopy(model).cpu()
     for module in subject.modules():
         module.training = False  # as eval() does, which an exported graph refuses
@@ -64,10 +60,23 @@ def prepare(model: nn.Module, example: Tensor | Sequence[Tensor], dynamic: bool,
         inputs=inputs,
         input_names=_input_names(subject, len(inputs)),
         output_names=("output",) if count == 1 else tuple(f"output_{index}" for index in range(count)),
-        batched_outputs=tuple(x.dim() > 0 and inputs[0].dim() > 0 and len(x) == len(inputs[0]) for x in outputs),
+        batched_outputs=_batched(outputs, inputs[0]),
         dynamic=dynamic,
         opset=opset,
     )
+
+
+def _checked(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not given or not all(isinstance(x, Tensor) for x in given):
+        raise InputError("example_inputs must be a tensor or a tuple of tensors")
+    if any(x.dtype == torch.bfloat16 for x in given):
+        raise InputError("ONNX Runtime takes no bfloat16 inputs: export the model in float32")
+    return tuple(x.detach().cpu() for x in given)
+
+
+def _batched(tensors: Sequence[Tensor], first: Tensor) -> tuple[bool, ...]:
+    """Which tensors have the batch axis: those whose first axis is as long as that of the first input."""
+    return tuple(x.dim() > 0 and first.dim() > 0 and len(x) == len(first) for x in tensors)
 
 
 def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:

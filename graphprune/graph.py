@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Window = tuple[tuple[int, int], tuple[int, int]]
 """Kept rows [start, stop) and columns [start, stop) of a kernel."""
 
+Patch = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""Rows, columns and input channels [start, stop) that a filter of a convolution keeps."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -122,7 +125,8 @@ class Site:
     """Where one decision is taken: `size` units of a group, positions of a kernel, or a branch (a single unit).
 
     `layers` are the nodes of the layers whose cost the decision changes; `node` is where agents see it. At a kernel,
-    `order` is the group of the convolution's `filters` where they may stand in any order, -1 where they may not.
+    `order` is the group of the convolution's `filters` where they may stand in any order, -1 where they may not;
+    `channels` is how many each of them reads.
     """
 
     name: str
@@ -135,6 +139,7 @@ class Site:
     unit: int = 1
     order: int = -1
     filters: int = 0
+    channels: int = 0
     branch: Branch | None = None
 
 

@@ -59,9 +59,7 @@ def _group(graph: ModelGraph, streams: _Streams, atom: int, members: list[Member
     weighted = [layer for layer in graph.layers if not isinstance(layer.operator, Attention)]
     producers = [layer for layer in weighted if atom in layer.outputs.atoms()]
     consumers = [layer for layer in weighted if atom in layer.inputs.atoms()]
-    narrow = all(layer.inputs.size == graph.atom_sizes[atom] for layer in consumers)
-    kind = "heads" if attentions else _kind(producers, consumers, atom in streams.added, narrow)
-    kind = "width" if kind == "other" and narrow and consumers and producers and atom in streams.normalised else kind
+    kind = "heads" if attentions else _kind(graph, streams, atom, producers, consumers)
     first = attentions or producers or consumers
     name = first[0].module or first[0].node if first else members[0].parameter
     return Group(
@@ -70,17 +68,28 @@ def _group(graph: ModelGraph, streams: _Streams, atom: int, members: list[Member
     )  # fmt: skip
 
 
-def _kind(producers: list[Layer], consumers: list[Layer], added: bool, narrow: bool) -> str:
+def _kind(graph: ModelGraph, streams: _Streams, atom: int, producers: list[Layer], consumers: list[Layer]) -> str:
+    """What an atom is that no attention runs over; `narrow` where it is all that its consumers read."""
+    narrow = all(layer.inputs.size == graph.atom_sizes[atom] for layer in consumers)
     if producers and all(isinstance(layer.operator, Convolution) for layer in producers):
         return "channels"
-    if added and producers and consumers:
+    if not producers or not consumers:
+        return "other"
+    if atom in streams.added:
         return "width"
-    inner = producers and consumers and not {x.node for x in producers} & {x.node for x in consumers}
-    one_step = len({layer.module.rpartition(".")[0] for layer in producers + consumers}) == 1
-    linear = all(isinstance(layer.operator, Linear) for layer in producers + consumers)
-    if inner and one_step and linear and narrow and len(producers) <= 2:
+    if narrow and _is_hidden(producers, consumers):
         return "hidden"
-    return "width" if narrow and len(producers) > 1 and len(consumers) > 1 else "other"
+    many = len(producers) > 1 and len(consumers) > 1
+    return "width" if narrow and (many or atom in streams.normalised) else "other"
+
+
+def _is_hidden(producers: list[Layer], consumers: list[Layer]) -> bool:
+    """Whether linear layers of one module write and others read it, as inside an MLP; a gate makes it two writers."""
+    layers = producers + consumers
+    apart = not {layer.node for layer in producers} & {layer.node for layer in consumers}
+    linear = all(isinstance(layer.operator, Linear) for layer in layers)
+    one_step = len({layer.module.rpartition(".")[0] for layer in layers}) == 1
+    return apart and linear and one_step and len(producers) <= 2
 
 
 def _order(graph: ModelGraph, group: Group) -> tuple[int, int]:
@@ -100,13 +109,13 @@ def unique(found: Iterable[Named], key: Callable[[Named], Hashable]) -> list[Nam
 
 
 def find_sites(graph: ModelGraph) -> tuple[Site, ...]:
-    """A site for each group that may be cut, each convolution whose kernel may be cut, and each residual branch.
+    """A site for each group that may be cut, each convolution whose weights may be, and each residual branch.
 
     A branch comes before all that is inside it.
     """
     position = {node.name: number for number, node in enumerate(graph.nodes)}
     sites = [_group_site(graph, group) for group in graph.all_groups if not group.frozen]
-    sites += [_kernel_site(graph, layer) for layer in graph.layers if _has_kernel(layer)]
+    sites += [_kernel_site(graph, layer) for layer in graph.layers if _has_kernel(graph, layer)]
     sites += [_branch_site(graph, branch) for branch in graph.branches]
     return tuple(sorted(sites, key=lambda site: (position[site.node], site.kind, -len(site.layers))))
 
@@ -129,17 +138,20 @@ def _atoms(layer: Layer) -> set[int]:
     return set().union(*(form.atoms() for form in (layer.inputs, layer.outputs, layer.groups) if form))
 
 
-def _has_kernel(layer: Layer) -> bool:
+def _has_kernel(graph: ModelGraph, layer: Layer) -> bool:
+    """Whether a convolution's weights may be cut by themselves: within the kernel, or by dividing it into groups."""
     operator = layer.operator
-    return isinstance(operator, Convolution) and layer.standard and max(operator.kernel) > 1
+    plain = isinstance(operator, Convolution) and layer.standard
+    return plain and (max(operator.kernel) > 1 or _free_order(graph, layer) >= 0)  # type: ignore[union-attr]
 
 
 def _kernel_site(graph: ModelGraph, layer: Layer) -> Site:
-    assert isinstance(layer.operator, Convolution)
-    rows, columns = layer.operator.kernel
+    operator = layer.operator
+    assert isinstance(operator, Convolution)
+    rows, columns = operator.kernel
     return Site(
         f"{layer.module}/kernel", "kernel", rows * columns, (layer.node,), layer.node, kernel=(rows, columns),
-        order=_free_order(graph, layer), filters=layer.outputs.size,
+        order=_free_order(graph, layer), filters=operator.outputs, channels=operator.inputs // operator.groups,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from graphprune.engines.onnxruntime import processor
+from graphprune.engines.sampling import processor
 
 PACKAGES = ("graphprune", "torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "onnxscript", "openvino")
 

@@ -1,7 +1,7 @@
 """Measures ONNX models against each other: interleaved, with raw samples and an interval for the ratio.
 
 `python -m graphprune.measure` is the same in a process of its own: a JSON request on standard input (`models`: paths,
-and the fields of `OnnxRuntimeEngine`, `rounds`), a JSON measurement on standard output. It never imports torch.
+`engine`: its name and settings, `rounds`), JSON timings on standard output. It never imports torch.
 """
 
 import json
@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
+from graphprune import engines
 from graphprune.engines.base import Engine, Model, Timing
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError, StepError
@@ -133,7 +134,7 @@ def measure(
     """Time ONNX models (paths or bytes) against the first of them, interleaved.
 
     `rounds` samples are taken of each. An `engine` replaces ONNX Runtime with its `threads` and `provider`. `fresh`
-    measures in a new Python process, which nothing done so far in this one can disturb (ONNX Runtime only). A model
+    measures in a new Python process, which nothing done so far in this one can disturb (real engines only). A model
     that fails keeps its error in the measurement. Raises InputError if the first one fails or the request makes no
     sense, StepError if the new process dies.
     """
@@ -148,11 +149,12 @@ def measure(
 
 
 def _in_new_process(models: Sequence[Model], names: Sequence[str], rounds: int, engine: Engine) -> list[Timing]:
-    if not isinstance(engine, OnnxRuntimeEngine):
-        raise InputError(f"only ONNX Runtime can measure in a new process, not {type(engine).__name__}")
+    settings = engines.settings_of(engine)
+    if settings is None:
+        raise InputError(f"a {type(engine).__name__} cannot measure in a new process")
     with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
         files = [_as_file(model, Path(folder) / f"{index}.onnx") for index, model in enumerate(models)]
-        request = {"models": files, "rounds": rounds, "engine": asdict(engine)}
+        request = {"models": files, "rounds": rounds, "engine": settings}
         process = subprocess.run(
             [sys.executable, "-m", "graphprune.measure"],
             input=json.dumps(request),
@@ -177,7 +179,7 @@ def _as_file(model: Model, place: Path) -> str:
 def _serve() -> None:
     """Answer the request on standard input: samples and error of each model."""
     request = json.load(sys.stdin)
-    timings = OnnxRuntimeEngine(**request["engine"]).measure(request["models"], request["rounds"])
+    timings = engines.create(**request["engine"]).measure(request["models"], request["rounds"])
     json.dump([(timing.samples, timing.error) for timing in timings], sys.stdout)
 
 

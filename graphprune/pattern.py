@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from graphprune.calibration import Statistics
 from graphprune.cuts import Cuts
-from graphprune.graph import ModelGraph, Site, Window
+from graphprune.graph import ModelGraph, Patch, Site
 from graphprune.profile import Profile
 
 Scores = NDArray[np.float64]
@@ -47,19 +47,19 @@ class Pattern(ABC):
         """How many units the pattern chooses from at a site."""
         return site.size
 
-    def windows(self, site: Site) -> tuple[Window, ...]:
-        """The kernel windows that `choose` wants scored for each filter; none if it wants the site's units scored."""
+    def patches(self, site: Site) -> tuple[Patch, ...]:
+        """What a filter may keep, for `choose` to have it scored for each; none if it wants the site's units scored."""
         return ()
 
     def sample(self, site: Site, level: Level) -> tuple[int, ...]:
         """Some units that the level could keep: which ones does not matter to the time."""
-        windows = len(self.windows(site))
-        return self.choose(site, level, np.zeros((site.filters, windows) if windows else site.size))
+        patches = len(self.patches(site))
+        return self.choose(site, level, np.zeros((site.filters, patches) if patches else site.size))
 
     def choose(self, site: Site, level: Level, scores: Scores) -> tuple[int, ...]:
         """The units that stay at a level: those fixed by the geometry, else the highest `scores`.
 
-        `scores` are [site.size], or [site.filters, windows] for a pattern with `windows`.
+        `scores` are [site.size], or [site.filters, patches] for a pattern with `patches`.
         """
         if level.keep:
             return level.keep

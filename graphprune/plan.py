@@ -14,8 +14,9 @@ class Choice:
     """One decision: at `site`, `pattern` at `level` keeps the units `keep`.
 
     `keep` holds sorted unit indices: channels, heads or hidden units of a group, or positions
-    (row * kernel width + column) of a kernel; it is empty where a branch is dropped. It is fully resolved: applying a
-    plan needs no scores and no data.
+    (row * kernel width + column) of a kernel; where filters differ, filter * positions + position, or filter * 4 +
+    quarter of the channels; it is empty where a branch is dropped. It is fully resolved: applying a plan needs no
+    scores and no data.
     """
 
     site: str

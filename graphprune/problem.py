@@ -35,7 +35,7 @@ class Option:
     error: float
     gain: float
     geometry: tuple[float, ...] = ()
-    """For kernels: the kept positions of the kernel as bits, resampled to 3x3; otherwise empty."""
+    """For kernels: the share of weights kept at each position, resampled to 3x3; otherwise empty."""
 
 
 @dataclass(frozen=True)
@@ -159,16 +159,40 @@ class Problem:
         return np.asarray(np.max(sweeps, axis=0))
 
     @cached_property
-    def cheapest(self) -> Choices:
-        """At each site the option that costs least, the other sites dense (the largest overrun decides)."""
+    def completions(self) -> tuple[Choices, ...]:
+        """Choice vectors that cost little, the cheapest first: the least that the rest of a plan may cost.
+
+        Each is greedy: at one site after another the option that costs least, those still to come dense. Where options
+        exclude each other (at an infinite cost), what is cheapest depends on the order: forwards, backwards and by
+        what a site alone can save. Branches come last, so that it is known of what is inside them too what would cost
+        least if they stayed.
+        """
+        branches = sorted({number for decision in self.decisions for number in decision.gone_with})
+        sites = [site for site in range(len(self.decisions)) if site not in branches]
         dense = np.array([self.dense], dtype=np.int64)
-        return tuple(int(self.sweep_overruns(dense, site)[0].argmin()) for site in range(len(self.decisions)))
+        orders = [sites]
+        if any(np.isinf(factor.table).any() for name in self.limits for factor in self.costs[name].factors):
+            orders += [sites[::-1], sorted(sites, key=lambda site: float(self.sweep_overruns(dense, site).min()))]
+        found = {self._greedy([*order, *branches]): None for order in orders}
+        return tuple(sorted(found, key=self.overrun))
+
+    def _greedy(self, order: Sequence[int]) -> Choices:
+        choices = np.array([self.dense], dtype=np.int64)
+        for site in order:
+            choices[0, site] = self.sweep_overruns(choices, site)[0].argmin()
+        return tuple(choices[0].tolist())
+
+    @property
+    def cheapest(self) -> Choices:
+        """The completion with the smallest overrun."""
+        return self.completions[0]
 
     def mask(self, prefix: Sequence[int]) -> NDArray[np.bool_]:
         """Which options of site `len(prefix)` leave the target reachable: the action wall.
 
-        An option passes if the target holds once every later site takes its cheapest option. Where none passes,
-        only the cheapest option is left, so that a mask is never empty. In a branch that is gone only "dense" is left.
+        An option passes if the target holds once all later sites are as in one of the `completions`. Where none
+        passes, only the cheapest option is left, so that a mask is never empty. In a branch that is gone only "dense"
+        is left.
         """
         only: NDArray[np.bool_] = self.masks(np.array([prefix], dtype=np.int64).reshape(1, len(prefix)))[0]
         return only
@@ -176,9 +200,11 @@ class Problem:
     def masks(self, prefixes: NDArray[np.int64]) -> NDArray[np.bool_]:
         """`mask` of many prefixes of one length [N, decided sites] at once: [N, options]."""
         count, site = prefixes.shape
-        choices = np.tile(np.array(self.cheapest, dtype=np.int64), (count, 1))
-        choices[:, :site] = prefixes
-        passes: NDArray[np.bool_] = self.sweep_overruns(choices, site) <= 1.0 + ROUNDING
+        passes: NDArray[np.bool_] = np.zeros((count, len(self.decisions[site].options)), dtype=np.bool_)
+        for completion in self.completions:
+            choices = np.tile(np.array(completion, dtype=np.int64), (count, 1))
+            choices[:, :site] = prefixes
+            passes |= self.sweep_overruns(choices, site) <= 1.0 + ROUNDING
         passes[~passes.any(axis=1), self.cheapest[site]] = True
         gone = prefixes[:, list(self.decisions[site].gone_with)].any(axis=1)
         passes[gone] = np.arange(passes.shape[1]) == 0
@@ -192,8 +218,8 @@ class Problem:
         )
 
     def allows(self, choices: Sequence[int]) -> bool:
-        """Whether the action wall lets a whole choice vector through, site by site; it has to be canonical."""
-        return all(self.mask(choices[:site])[option] for site, option in enumerate(choices))
+        """Whether a whole choice vector meets the target, by prediction, and decides nothing in branches that go."""
+        return self.feasible(choices) and self.canonical(choices) == tuple(choices)
 
     def plan(self, choices: Sequence[int]) -> Plan:
         """The plan of a choice vector; vectors that differ only inside a branch that is gone have the same one."""

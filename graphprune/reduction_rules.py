@@ -18,7 +18,7 @@ def _pool(call: Call) -> Any:
     source = call.axes(next(iter(call.arguments)))
     lead = len(source) - int(re.findall(r"(\d)d", str(call.node.target))[0])
     for axis in source[lead:]:
-        freeze(axis, "spatial")
+        freeze(axis, f"spatial ({call.reason})")
     outputs = [[*source[:lead], *call.fresh(shape[lead:], "spatial")] for shape in shapes_of(call.node)]
     return outputs[0] if len(outputs) == 1 else outputs
 

@@ -182,20 +182,24 @@ def _tradeoff(result: Result, search: Record) -> str | None:
         for record in result.records
         if record.accuracy is not None and record.error is None and (cost := _cost(record, name)) is not None
     ]
-    marks = [plots.Mark("dense", "dense", 1.0, a)] if (a := result.dense_record.accuracy) is not None else []
-    tuned = bool(result.history)
-    chosen = [("chosen, before fine-tuning", "chosen", search)] if tuned else [("chosen", "chosen", result.record)]
-    chosen += [("chosen, fine-tuned", "finetuned", result.record)] if tuned else []
-    rivals = [(agent, "rival", record) for agent, record in sorted(result.rivals.items())]
-    for label, kind, record in (*rivals, *chosen):
-        cost = _cost(record, name)
-        if cost is not None and record.accuracy is not None:
-            marks.append(plots.Mark(label, kind, cost, record.accuracy))
+    marks = _marks(result, search, name)
     if not trials and len(marks) < 2:
         return None
     limit = limits[name] if math.isfinite(limits[name]) else None
     axis = f"{COSTS[name]}, share of the dense model" + (" (measured, else predicted)" if name == "latency" else "")
     return plots.tradeoff(trials, marks, limit, axis)
+
+
+def _marks(result: Result, search: Record, name: str) -> list[plots.Mark]:
+    """The dense model, the rivals' plans and the chosen one, over a cost; those not judged are left out."""
+    told = [(agent, "rival", record) for agent, record in sorted(result.rivals.items())]
+    if result.history:
+        told += [("chosen, before fine-tuning", "chosen", search), ("chosen, fine-tuned", "finetuned", result.record)]
+    else:
+        told += [("chosen", "chosen", result.record)]
+    judged = [("dense", "dense", 1.0, result.dense_record.accuracy)]
+    judged += [(label, kind, cost, r.accuracy) for label, kind, r in told if (cost := _cost(r, name)) is not None]
+    return [plots.Mark(label, kind, cost, accuracy) for label, kind, cost, accuracy in judged if accuracy is not None]
 
 
 def _cost(record: Record, name: str) -> float | None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from graphprune import models
+from graphprune import engines, models
 from graphprune.calibration import calibrate
 from graphprune.candidates import Candidates
 from graphprune.counting import count
@@ -275,7 +275,7 @@ class _Session:
     def _verified(self, record: Record, evaluator: Evaluator) -> tuple[float, Record, nn.Module]:
         """By how much the worst bound is missed, the record with the new measurement, and the pruned model."""
         pruned = self.bench.build(self.candidates.cuts(self._choices(record.plan)))
-        measured = evaluator.measure(pruned, VERIFY_ROUNDS, fresh=isinstance(self.engine, OnnxRuntimeEngine))
+        measured = evaluator.measure(pruned, VERIFY_ROUNDS, fresh=engines.settings_of(self.engine) is not None)
         checked = replace(record, measured=measured)
         excess = max(self._excess(checked).values())
         return excess, replace(checked, feasible=excess <= 0), pruned

@@ -21,7 +21,7 @@ from graphprune.exported import cut_program, literal_changes
 from graphprune.graph import ModelGraph
 from graphprune.plan import Plan
 from graphprune.tracing import copied, first_line, state_of, trace
-from graphprune.window import mixed, windowed
+from graphprune.window import divide, mixed, windowed
 from graphprune.zeros import Zero
 
 TOLERANCE = 100
@@ -137,6 +137,9 @@ def cut_module(
         layer = graph.layer[node]
         conv = pruned.get_submodule(layer.module)
         pruned.set_submodule(layer.module, mixed(conv, cuts.runs(layer)))  # type: ignore[arg-type]
+    for node in cuts.groups:
+        layer = graph.layer[node]
+        divide(pruned.get_submodule(layer.module), cuts.group_count(layer))  # type: ignore[arg-type]
     _follow_literals(pruned, graph, cuts, frozenset(attributes))
     _drop_branches(pruned, graph, cuts)
     return _with_modes_of(model, pruned)

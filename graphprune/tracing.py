@@ -183,22 +183,26 @@ class _Walk:
             call.extra = {name: finisher.form(axis) for name, axis in call.extra.items()}  # type: ignore[misc]
             call.known = forms
         tensors = [node for node in self.known if node.op == "call_function" and forms[node] != [()]]
-        parameters = [node for node in self.known if node.name in self.names]
-        inputs = [n for n in self.known if n.op == "placeholder" and n.name in self.program.graph_signature.user_inputs]
         layers = [layer for node in tensors if (layer := self._layer(node, forms)) is not None]
         return ModelGraph(
             nodes=tuple(self._node(node, forms) for node in tensors),
-            parameters=tuple(
-                Parameter(self.names[n.name], tuple(shapes_of(n)[0]), forms[n][0] if forms[n] else ())
-                for n in parameters
-            ),
+            parameters=tuple(self._parameter(node, forms) for node in self.known if node.name in self.names),
             layers=tuple(layers),
             atom_sizes=tuple(finisher.sizes),
             atom_frozen=tuple(finisher.reasons),
-            inputs=tuple((str(n.meta["val"].dtype).removeprefix("torch."), tuple(shapes_of(n)[0][1:])) for n in inputs),
+            inputs=tuple(self._inputs()),
             exported=self.program,
             calls=self.calls,
         )
+
+    def _inputs(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The dtype and the shape, without the batch axis, of each input of the model."""
+        for node in self.known:
+            if node.op == "placeholder" and node.name in self.program.graph_signature.user_inputs:
+                yield str(node.meta["val"].dtype).removeprefix("torch."), tuple(shapes_of(node)[0][1:])
+
+    def _parameter(self, node: fx.Node, forms: dict[fx.Node, list[tuple[Form, ...]]]) -> Parameter:
+        return Parameter(self.names[node.name], tuple(shapes_of(node)[0]), forms[node][0] if forms[node] else ())
 
     def _node(self, node: fx.Node, forms: dict[fx.Node, list[tuple[Form, ...]]]) -> Node:
         inputs = tuple(self.names.get(source.name, source.name) for source in node.all_input_nodes)

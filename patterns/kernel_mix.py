@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from graphprune.cuts import Cuts
 from graphprune.errors import InputError
-from graphprune.graph import Site, Window
+from graphprune.graph import Patch, Site, Window
 from graphprune.pattern import Level, Pattern, Scores
 
 _WHOLE, _FIRST, _MIDDLE, _LAST = (0, 3), (0, 2), (1, 2), (1, 3)
@@ -50,9 +50,9 @@ class KernelMix(Pattern):
         """A unit is one position of one filter: filter * positions + position."""
         return site.filters * site.size
 
-    def windows(self, site: Site) -> tuple[Window, ...]:
-        """All geometries of the levels."""
-        return _WINDOWS
+    def patches(self, site: Site) -> tuple[Patch, ...]:
+        """All geometries of the levels, with all channels."""
+        return tuple((*window, (0, site.channels)) for window in _WINDOWS)
 
     def levels(self, site: Site, block: int) -> tuple[Level, ...]:
         """Those that give each geometry whole blocks, where the filters may stand in any order."""

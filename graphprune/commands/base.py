@@ -26,6 +26,9 @@ Data = Annotated[str, typer.Option(metavar="DATA", help="digits, cifar10:DIR or 
 InputSize = Annotated[
     int | None, typer.Option(metavar="PIXELS", help="Height and width of the input. Default: what the model declares.")
 ]
+EngineName = Annotated[
+    str, typer.Option("--engine", metavar="NAME", help="What latency means: onnxruntime, or openvino (an extra).")
+]
 Threads = Annotated[int, typer.Option(metavar="N", help="Threads of the engine while timing.")]
 OwnModel = Annotated[
     str | None,
@@ -67,11 +70,11 @@ class Verb(ABC):
         """Do it. Progress goes to standard error. Raises InputError, StepError."""
 
 
-def engine(threads: int, provider: str = "CPUExecutionProvider") -> "Engine":
-    """ONNX Runtime with these settings. Raises InputError for settings that it does not have here."""
-    from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+def engine(name: str, **settings: Any) -> "Engine":
+    """An engine with these settings. Raises InputError for an unknown one, and for settings that it does not have."""
+    from graphprune import engines
 
-    return OnnxRuntimeEngine(threads, provider)
+    return engines.create(name, **settings)
 
 
 def input_shape(spec: str, model: "nn.Module", size: int | None) -> tuple[int, int, int]:

@@ -37,6 +37,6 @@ class Demo(Verb):
         settings = demo.Settings(seed=self.seed)
         settings = settings if self.trials is None else replace(settings, trials=self.trials)
         with Bars() as bars:
-            shown = demo.run(self.out, settings, base.engine(threads=1), bars)
+            shown = demo.run(self.out, settings, base.engine("onnxruntime", threads=1), bars)
         answer = outcome.answer(shown.delivery, shown.scores)
         return outcome.with_rivals(answer, shown.delivery, shown.found)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 import graphprune as gp
 from graphprune.commands import base
-from graphprune.commands.base import Answer, InputSize, OwnModel, Threads, Verb, Weights
+from graphprune.commands.base import Answer, EngineName, InputSize, OwnModel, Threads, Verb, Weights
 from graphprune.errors import InputError
 
 
@@ -57,16 +57,18 @@ class Bench(Verb):
 
     files: Annotated[list[Path], typer.Argument(metavar="A.onnx B.onnx ...", help="ONNX files.", show_default=False)]
     rounds: Annotated[int, typer.Option(metavar="N", help="Samples of each file.")] = 50
+    engine: EngineName = "onnxruntime"
     threads: Threads = 1
-    provider: Annotated[str, typer.Option(metavar="NAME", help="ONNX Runtime's execution provider.")] = (
-        "CPUExecutionProvider"
-    )
+    provider: Annotated[
+        str | None, typer.Option(metavar="NAME", help="ONNX Runtime's execution provider.", show_default=False)
+    ] = None
 
     def run(self) -> Answer:
         """Measure."""
         from graphprune.delivery import timed
 
-        measurement = timed(self.files, base.engine(self.threads, self.provider), self.rounds)
+        chosen = {} if self.provider is None else {"provider": self.provider}
+        measurement = timed(self.files, base.engine(self.engine, threads=self.threads, **chosen), self.rounds)
         for name, timing in zip(measurement.names, measurement.timings, strict=True):
             if timing.error is not None:
                 raise InputError(timing.error if name in timing.error else f"{name}: {timing.error}")

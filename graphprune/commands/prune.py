@@ -8,7 +8,18 @@ import typer
 
 import graphprune as gp
 from graphprune.commands import base, outcome
-from graphprune.commands.base import Answer, Data, Folder, InputSize, Model, OwnModel, Threads, Verb, Weights
+from graphprune.commands.base import (
+    Answer,
+    Data,
+    EngineName,
+    Folder,
+    InputSize,
+    Model,
+    OwnModel,
+    Threads,
+    Verb,
+    Weights,
+)
 from graphprune.console import Bars
 from graphprune.errors import InputError
 from graphprune.layout import STUDY
@@ -59,6 +70,7 @@ class Prune(Verb):
     study: Annotated[
         str | None, typer.Option(metavar="FILE", help="Where trials are stored. Default: study.db in --out.")
     ] = None
+    engine: EngineName = "onnxruntime"
     threads: Threads = 1
     input_size: InputSize = None
 
@@ -67,7 +79,7 @@ class Prune(Verb):
         from graphprune import delivery, models, steps
         from graphprune.recipe import Recipe
 
-        target, engine = self._target(), base.engine(self.threads)
+        target, engine = self._target(), base.engine(self.engine, threads=self.threads)
         if self.epochs < 0 or self.trials < 1:
             raise InputError("--epochs must be at least 0 and --trials at least 1")
         dense = models.create(self.model, self.weights).eval()
@@ -133,15 +145,20 @@ class Finetune(Verb):
         int, typer.Option(metavar="N", help="Seed of the training and of the data slices: that of prune.")
     ] = 0
     test: Annotated[bool, typer.Option("--test", help="Read the test set, once, for the final table.")] = False
+    engine: Annotated[
+        str | None, typer.Option("--engine", metavar="NAME", help="What latency means. Default: as in the search.")
+    ] = None
     threads: Threads = 1
 
     def run(self) -> Answer:
         """Restore, fine-tune, deliver."""
-        from graphprune import delivery, steps
+        from graphprune import delivery, engines, steps
         from graphprune.recipe import Recipe
 
-        engine = base.engine(self.threads)
         result = delivery.restore(self.folder, self.model, self.weights)
+        measured = result.record.measured
+        name = self.engine or engines.named_in(measured.engine if measured else "")
+        engine = base.engine(name, threads=self.threads)
         size = result.graph.inputs[0][1][-1]
         task = steps.load_task(self.data, result.spec, result.dense, size, self.seed)
         with Bars() as bars:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 import graphprune as gp
 from graphprune.commands import base
-from graphprune.commands.base import Answer, InputSize, Model, Threads, Verb, Weights
+from graphprune.commands.base import Answer, EngineName, InputSize, Model, Threads, Verb, Weights
 from graphprune.console import Bars
 
 if TYPE_CHECKING:
@@ -29,12 +29,13 @@ class Trace(Verb):
     gains: Annotated[
         bool, typer.Option("--gains", help="Show measured gains; what this machine has not timed yet is timed now.")
     ] = False
+    engine: EngineName = "onnxruntime"
     threads: Threads = 1
 
     def run(self) -> Answer:
         """Trace, print the tables."""
         graph = traced(self.model, self.weights, self.input_size)
-        profile = operator_profile(self.threads) if self.gains else None
+        profile = operator_profile(self.engine, self.threads) if self.gains else None
         if profile is not None:
             measure_all(graph, profile)
         sites = graph.sites(profile)
@@ -67,6 +68,7 @@ class Profile(Verb):
 
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=base.MODELS, show_default=False)] = None
     input_size: InputSize = None
+    engine: EngineName = "onnxruntime"
     threads: Threads = 1
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw what patterns gain as a heat map: FILE.png, .svg or .pdf.")
@@ -79,7 +81,7 @@ class Profile(Verb):
 
         if self.picture is not None:
             heatmap.check(self.picture)
-        profile = operator_profile(self.threads)
+        profile = operator_profile(self.engine, self.threads)
         with Bars() as bars:
             graphs = self._graphs(bars)
             cells = grid.cells(graphs, profile, list(patterns().values()), bars.stage("profile"))
@@ -109,11 +111,11 @@ class Profile(Verb):
         return grid.typical_graphs(bars.stage("trace"))
 
 
-def operator_profile(threads: int) -> "OperatorProfile":
-    """The machine's profile for ONNX Runtime with this many threads."""
+def operator_profile(engine: str, threads: int) -> "OperatorProfile":
+    """The machine's profile for an engine with this many threads."""
     from graphprune.profile import Profile
 
-    return Profile(base.engine(threads))
+    return Profile(base.engine(engine, threads=threads))
 
 
 def traced(spec: str, weights: Path | None, size: int | None) -> "ModelGraph":

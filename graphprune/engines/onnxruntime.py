@@ -1,20 +1,25 @@
 """ONNX Runtime behind the engine contract."""
 
-import math
-import platform
-import random
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from graphprune.engines.base import Model, Timing
+from graphprune.engines.sampling import (
+    SEED,
+    Run,
+    check_counts,
+    check_file,
+    interleaved,
+    name_of,
+    processor,
+    random_values,
+)
 from graphprune.errors import InputError, StepError
 
 OPTIMISATION = {
@@ -25,13 +30,7 @@ OPTIMISATION = {
 }
 """The graph optimisation levels by name; "all" includes the blocked convolution layout."""
 
-SAMPLE_SECONDS = 1e-3
-"""A sample is the mean of as many runs as take this long, so that the clock and a single interrupt weigh little."""
-
-SEED = 0
-"""Of the random inputs and of the order of models in a round."""
-
-ELEMENTS = {
+ELEMENTS: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(double)": np.float64,
@@ -53,15 +52,14 @@ class OnnxRuntimeEngine:
     axis when timing; every other dynamic axis is 1. Raises InputError for values that cannot be used here.
     """
 
+    name: ClassVar[str] = "onnxruntime"
     threads: int = 1
     provider: str = "CPUExecutionProvider"
     optimisation: str = "all"
     batch: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("threads", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_counts(threads=self.threads, batch=self.batch)
         available = onnxruntime.get_available_providers()
         if self.provider not in available:
             raise InputError(f"unknown provider {self.provider!r}; available here: {', '.join(available)}")
@@ -82,21 +80,24 @@ class OnnxRuntimeEngine:
         try:
             outputs: list[NDArray[np.generic]] = session.run(None, dict(inputs))
         except Exception as error:  # ONNX Runtime's errors share no base class of their own
-            raise StepError(f"ONNX Runtime cannot run {_name(model)}: {_reason(error)}") from None
+            raise StepError(f"ONNX Runtime cannot run {name_of(model)}: {_reason(error)}") from None
         return outputs
 
     def measure(self, models: Sequence[Model], rounds: int = 30) -> list[Timing]:
-        """Time the models interleaved, in an order that is shuffled anew (with a fixed seed) in each round.
+        """Time the models in turns (see `graphprune.engines.sampling.interleaved`)."""
+        return interleaved(self._load, models, rounds)
 
-        A sample is the mean of enough runs to take about a millisecond, after one untimed run that brings the model's
-        own weights back into the caches, as in deployment. A model that fails gets a Timing with the error.
-        """
-        timers = [_Timer.start(self, model) for model in models]
-        order = random.Random(SEED)
-        for _ in range(rounds):
-            for timer in order.sample(timers, len(timers)):
-                timer.sample()
-        return [timer.timing for timer in timers]
+    def _load(self, model: Model) -> Run:
+        session = self._session(model)
+        inputs = self._inputs(session)
+
+        def run() -> None:
+            try:
+                session.run(None, inputs)
+            except Exception as error:  # ONNX Runtime's errors share no base class of their own
+                raise StepError(f"ONNX Runtime cannot run it: {_reason(error)}") from None
+
+        return run
 
     def _session(self, model: Model) -> Any:
         options = onnxruntime.SessionOptions()
@@ -108,8 +109,7 @@ class OnnxRuntimeEngine:
         # Idle threads of one session would otherwise keep spinning while another session is being timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         providers = list(dict.fromkeys([self.provider, "CPUExecutionProvider"]))
-        if not isinstance(model, bytes) and not Path(model).is_file():
-            raise InputError(f"{model} does not exist or is not a file")
+        check_file(model)
         try:
             return onnxruntime.InferenceSession(
                 model if isinstance(model, bytes) else str(model), options, providers=providers
@@ -119,89 +119,23 @@ class OnnxRuntimeEngine:
 
     def _inputs(self, session: Any) -> dict[str, NDArray[np.generic]]:
         generator = np.random.default_rng(SEED)
-        return {entry.name: _random(generator, entry.type, self._shape(entry.shape)) for entry in session.get_inputs()}
+        found = {}
+        for entry in session.get_inputs():
+            if entry.type not in ELEMENTS:
+                raise StepError(f"an input of type {entry.type} cannot be filled with random values")
+            found[entry.name] = random_values(generator, ELEMENTS[entry.type], self._shape(entry.shape))
+        return found
 
     def _shape(self, declared: Sequence[int | str | None]) -> tuple[int, ...]:
         free = (self.batch if axis == 0 else 1 for axis in range(len(declared)))
         return tuple(size if isinstance(size, int) else default for size, default in zip(declared, free, strict=True))
 
 
-@dataclass
-class _Timer:
-    """A model being timed: it collects samples until it fails."""
-
-    session: Any = None
-    inputs: Mapping[str, NDArray[np.generic]] | None = None
-    runs: int = 1
-    samples: tuple[float, ...] = ()
-    error: str | None = None
-
-    @classmethod
-    def start(cls, engine: OnnxRuntimeEngine, model: Model) -> "_Timer":
-        """Load the model, warm it up, and find how many runs make a sample."""
-        try:
-            session = engine._session(model)
-            timer = cls(session, engine._inputs(session))
-        except (InputError, StepError) as error:
-            return cls(error=str(error))
-        timer.sample()
-        timer.sample()
-        if timer.error is None:
-            timer.runs = max(1, math.ceil(SAMPLE_SECONDS / min(timer.samples)))
-            timer.samples = ()
-        return timer
-
-    def sample(self) -> None:
-        """Take one sample; after an error nothing is run any more."""
-        if self.error is not None:
-            return
-        try:
-            self.session.run(None, self.inputs)
-            start = time.perf_counter()
-            for _ in range(self.runs):
-                self.session.run(None, self.inputs)
-            self.samples += ((time.perf_counter() - start) / self.runs,)
-        except Exception as error:  # ONNX Runtime's errors share no base class of their own
-            self.error = f"ONNX Runtime cannot run it: {_reason(error)}"
-
-    @property
-    def timing(self) -> Timing:
-        return Timing(self.samples) if self.error is None else Timing(error=self.error)
-
-
-def processor() -> str:
-    """The processor's model name, with family and model number where the kernel tells them (names can be generic)."""
-    try:
-        entries = re.findall(
-            r"^([^:\n]+?)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
-        )
-    except OSError:
-        entries = []
-    known = dict(reversed(entries))  # the first processor's entries win
-    if "model name" in known:
-        return f"{known['model name']} ({known.get('cpu family', '?')}/{known.get('model', '?')})"
-    return platform.processor() or platform.machine() or "unknown processor"
-
-
-def _random(generator: np.random.Generator, element: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
-    if element not in ELEMENTS:
-        raise StepError(f"an input of type {element} cannot be filled with random values")
-    kind = np.dtype(ELEMENTS[element])
-    if kind.kind == "f":
-        return generator.standard_normal(shape).astype(kind)
-    # Integers may be indices or lengths: 0 and 1 are legal most often.
-    return generator.integers(0, 2, shape).astype(kind)
-
-
-def _name(model: Model) -> str:
-    return "the model" if isinstance(model, bytes) else str(model)
-
-
 def _refusal(model: Model, error: Exception) -> str:
     kind = type(error).__name__
     if kind in ("InvalidProtobuf", "InvalidArgument") or "ModelProto does not have a graph" in str(error):
-        return f"{_name(model)} is not an ONNX model: {_reason(error)}"
-    return f"ONNX Runtime cannot load {_name(model)}: {_reason(error)}"
+        return f"{name_of(model)} is not an ONNX model: {_reason(error)}"
+    return f"ONNX Runtime cannot load {name_of(model)}: {_reason(error)}"
 
 
 def _reason(error: Exception) -> str:

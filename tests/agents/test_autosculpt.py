@@ -150,5 +150,5 @@ def test_only_plan_follows_the_wall() -> None:
     made = problem(3, sizes=(2, 3), limit=0.9, trials=1)
     assert only_plan(made) is None
     made.limits = {"latency": made.costs["latency"](made.cheapest)}
-    del made.cheapest
+    del made.completions
     assert only_plan(made) == made.cheapest == (1, 2)

@@ -69,3 +69,19 @@ def test_equal_rewards_teach_nothing() -> None:
     before = belief.predict(PLANS[:5])[0]
     belief.learn(PLANS[:6], np.zeros(6))
     assert (belief.predict(PLANS[:5])[0] == before).all()
+
+
+def test_supposing_what_is_believed_changes_no_mean_and_makes_neighbours_less_open() -> None:
+    belief = Belief(MADE)
+    belief.learn(PLANS[SEEN], ACCURACY[SEEN])
+    unseen = np.setdiff1d(np.arange(len(PLANS)), SEEN)
+    plan, others = PLANS[unseen[:1]], PLANS[unseen[1:]]
+    supposed = belief.supposing(plan)
+    assert supposed.predict(PLANS)[0] == pytest.approx(belief.predict(PLANS)[0], abs=1e-9)
+    assert supposed.predict(plan)[1] < 0.5 * belief.predict(plan)[1]
+    less = belief.predict(others)[1] - supposed.predict(others)[1]
+    differing = (others != plan).sum(axis=1)
+    assert (less > -1e-9).all()
+    assert less[differing == 1].mean() > 3 * less[differing >= 4].mean() > 0
+    belief.learn(plan, np.zeros(1))
+    assert (supposed.predict(PLANS)[0] != belief.predict(PLANS)[0]).any()

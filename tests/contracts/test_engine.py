@@ -1,6 +1,7 @@
 """What every engine must do. A new engine joins with one line in ENGINES."""
 
 from collections.abc import Callable
+from functools import partial
 from math import isnan
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from graphprune import engines
 from graphprune.engines.base import Engine
 from graphprune.engines.fake import FakeEngine
-from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError, StepError
 
-ENGINES: dict[str, Callable[[], Engine]] = {"fake": FakeEngine, "onnxruntime": OnnxRuntimeEngine}
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "fake": FakeEngine, **{name: partial(engines.create, name) for name in engines.ENGINES},
+}  # fmt: skip
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -49,6 +52,8 @@ def test_the_identity_is_stable_and_not_empty(engine: Engine) -> None:
     assert engine.identity
     assert "\n" not in engine.identity
     assert engine.identity == type(engine)().identity
+    others = {made().identity for made in ENGINES.values()}
+    assert len(others) == len(ENGINES)
 
 
 def test_run_agrees_with_numpy(engine: Engine) -> None:

@@ -28,7 +28,16 @@ from tests.graphprune.oracle import masked_outputs, outputs_of, relative_error, 
 from tests.graphprune.tiny import Weighted
 
 EVERY = sorted(patterns())
-NAMES = ("vgg", "squeeze_excite", "swiglu_packed", "swiglu_apart", "attention_fused", "attention_apart", "vit_tiny")
+NAMES = (
+    "vgg",
+    "chain",
+    "squeeze_excite",
+    "swiglu_packed",
+    "swiglu_apart",
+    "attention_fused",
+    "attention_apart",
+    "vit_tiny",
+)
 BLOCK = 4
 """The small networks have few channels: blocks of 4 leave them several levels."""
 
@@ -69,9 +78,9 @@ def kept(pattern: Pattern, site: Site, level: Level) -> tuple[int, ...]:
 
 
 def random_scores(pattern: Pattern, site: Site, seed: int) -> Scores:
-    """Distinct scores, of units or of the windows of each filter."""
-    windows = len(pattern.windows(site))
-    shape = (site.filters, windows) if windows else (site.size,)
+    """Distinct scores, of units or of the patches of each filter."""
+    patches = len(pattern.patches(site))
+    shape = (site.filters, patches) if patches else (site.size,)
     scores = np.random.default_rng(seed).permutation(np.prod(shape))
     return scores.reshape(shape).astype(np.float64)
 
@@ -111,7 +120,7 @@ def test_choose_takes_the_highest_scores_or_the_fixed_units(pattern: Pattern) ->
             chosen = pattern.choose(site, level, scores)
             assert len(chosen) == level.count
             if scores.ndim > 1:
-                continue  # a pattern that scores windows has a test of its own for what it chooses
+                continue  # a pattern that scores patches has a test of its own for what it chooses
             highest = {unit for unit in range(site.size) if (scores > scores[unit]).sum() < level.count}
             assert list(chosen) == sorted(set(chosen))
             assert set(chosen) == (set(level.keep) if level.keep else highest)
@@ -120,7 +129,7 @@ def test_choose_takes_the_highest_scores_or_the_fixed_units(pattern: Pattern) ->
 def test_equal_scores_are_broken_in_order(pattern: Pattern) -> None:
     for _, site in places(pattern):
         for level in pattern.levels(site, BLOCK):
-            first = pattern.sample(site, level) if pattern.windows(site) else tuple(range(level.count))
+            first = pattern.sample(site, level) if pattern.patches(site) else tuple(range(level.count))
             assert pattern.choose(site, level, 0 * random_scores(pattern, site, 0)) == (level.keep or first)
 
 
@@ -212,6 +221,7 @@ def test_units_that_are_not_there_are_refused(pattern: Pattern) -> None:
 
 def test_unknown_pattern() -> None:
     with pytest.raises(
-        InputError, match="unknown pattern 'magic'; known are block, filter, heads, hidden, kernel, kernel-mix, width"
+        InputError,
+        match="unknown pattern 'magic'; known are block, filter, groups, heads, hidden, kernel, kernel-mix, width",
     ):
         pattern_called("magic")

@@ -39,6 +39,22 @@ def group_norm() -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(12, 6, 1), nn.GroupNorm(6, 6), nn.Conv2d(6, 4, 1))
 
 
+class Chain(nn.Module):
+    """Three convolutions inside a residual block; the filters of the first two may be put in any order."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 16)
+        self.one = nn.Sequential(nn.Conv2d(16, 24, (5, 3), padding=(2, 1), bias=bias), nn.BatchNorm2d(24), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(24, 16, 3, padding=2, dilation=2, bias=bias), nn.BatchNorm2d(16), nn.ReLU())
+        self.three = nn.Conv2d(16, 16, 3, padding=1, bias=bias)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head((x + self.three(self.two(self.one(x)))).mean((2, 3)))
+
+
 class SqueezeExcite(nn.Module):
     """Channels scaled by a gate that is computed from their means; depthwise in the middle."""
 
@@ -289,6 +305,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensors]] = {
     "convnext": (timm_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), images(32)),
     "densenet": (timm_model("densenet121", block_config=(2, 2, 2), growth_rate=8), images(32)),
     "vgg": (vgg, images()),
+    "chain": (Chain, images()),
     "group_norm": (group_norm, images()),
     "squeeze_excite": (SqueezeExcite, images()),
     "channel_shuffle": (ChannelShuffle, images()),

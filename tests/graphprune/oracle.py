@@ -234,7 +234,11 @@ def masked_outputs(
     chosen = [(sites[choice.site], choice.keep) for choice in plan.choices]
     keep = {site.atom: kept for site, kept in chosen if site.kind not in ("kernel", "block")}
     dropped = [site.branch for site, kept in chosen if site.branch is not None and not kept]
-    kernels = {_weight_name(graph, site): (site, kept) for site, kept in chosen if site.kind == "kernel"}
+    kernels = {
+        _weight_name(graph, site): (site, choice.pattern, choice.keep)
+        for choice in plan.choices
+        if (site := sites[choice.site]).kind == "kernel"
+    }
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     signature, user = graph.exported.graph_signature, iter(inputs)
     feed = []
@@ -254,11 +258,14 @@ def _weight_name(graph: ModelGraph, site: Site) -> str:
     return next(layer.weight for layer in graph.layers if layer.node == site.node)
 
 
-def _kernel_masked(weight: torch.Tensor, site: Site, kept: tuple[int, ...]) -> torch.Tensor:
-    """`kept` are positions of the kernel, or, where filters differ, filter * positions + position."""
-    mixed = max(kept) >= site.size
-    mask = torch.zeros(len(weight) if mixed else 1, site.size, dtype=torch.bool)
+def _kernel_masked(weight: torch.Tensor, site: Site, pattern: str, kept: tuple[int, ...]) -> torch.Tensor:
+    """`kept` are positions of the kernel; of a mix filter * positions + position, of groups filter * 4 + quarter."""
+    filters, channels = weight.shape[:2]
+    units = 4 if pattern == "groups" else site.size
+    mask = torch.zeros(1 if pattern == "kernel" else filters, units, dtype=torch.bool)
     mask.reshape(-1)[list(kept)] = True
+    if pattern == "groups":
+        return weight * mask[:, torch.arange(channels) * 4 // channels].reshape(filters, channels, 1, 1)
     return weight * mask.reshape(-1, 1, *site.kernel)
 
 

@@ -60,6 +60,7 @@ def _parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape))
 
 
+# A name may go on behind a comma, where an operator has several cases.
 STRUCTURAL: dict[str, tuple[Body, int, dict[str, Any]]] = {
     "conv1d": (lambda m, y: m.a(y), 1, {"a": nn.Conv1d(8, 6, 3, groups=2)}),
     "conv2d": (lambda m, y: m.a(y), 4, {"a": nn.Conv2d(8, 6, 3, 2, (1, 2), dilation=(1, 2), groups=2)}),
@@ -126,6 +127,7 @@ STRUCTURAL: dict[str, tuple[Body, int, dict[str, Any]]] = {
     "unbind": (lambda m, y: y.unbind(2), 1, {}),
     "select": (lambda m, y: y.select(1, 2), 3, {}),
     "slice": (lambda m, y: (y[:, 1:5], y[:, -3:], y[:, :, ::2]), 4, {}),
+    "slice, in front of it": (lambda m, y: (y[:, :4], y[:, 4:]), 4, {}),
     "narrow": (lambda m, y: y.narrow(1, 2, 4), 4, {}),
     "pad": (lambda m, y: functional.pad(y, (1, 0, 2, 1, 1, 3), value=0.5), 4, {}),
     "constant_pad_nd": (lambda m, y: A.constant_pad_nd(y, [0, 2], 1.0), 3, {}),

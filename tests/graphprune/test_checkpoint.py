@@ -329,23 +329,24 @@ def test_tensors_of_another_network(resnet: Result, folder: Path) -> None:
 
 
 def test_another_model_is_refused(folder: Path) -> None:
-    refused(folder, models.create("cifar:resnet20?num_classes=5"))
-    refused(folder, nn.Linear(3, 2))
+    assert "another model" in refused(folder, models.create("cifar:resnet20?num_classes=5"))
+    assert "does not accept" in refused(folder, nn.Linear(3, 2))
 
 
 def test_a_plan_of_another_model_is_refused(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
-    for change in (
-        {"model": "0" * 16},
-        {"inputs": [["float32", [3, 16, 16]]]},
-        {"inputs": [["nn", [3, 32, 32]]]},
-        {"inputs": []},
-        {"choices": [{"site": "nowhere", "pattern": "filter", "level": "1/2", "keep": [0]}]},
-        {"choices": [{"site": "layer1.0.conv1/channels", "pattern": "filter", "level": "1/2", "keep": [99]}]},
+    place = "layer1.0.conv1/channels"
+    for change, message in (
+        ({"model": "0" * 16}, "another model"),
+        ({"inputs": [["float32", [3, 16, 16]]]}, "another model"),
+        ({"inputs": [["nn", [3, 32, 32]]]}, "unknown type 'nn'"),
+        ({"inputs": []}, "example_inputs"),
+        ({"choices": [{"site": "nowhere", "pattern": "filter", "level": "1/2", "keep": [0]}]}, "no site 'nowhere'"),
+        ({"choices": [{"site": place, "pattern": "filter", "level": "1/2", "keep": [99]}]}, "has 16 units"),
     ):
         (folder / "plan.json").write_text(json.dumps(plan | change))
         sign(folder)
-        refused(folder)
+        assert message in refused(folder)
 
 
 def test_unknown_formats_name_both_versions(folder: Path) -> None:

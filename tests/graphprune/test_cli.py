@@ -37,7 +37,7 @@ QUICK = ("--agent", "random", "--trials", "3")
 def fake_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Computed timings instead of measured ones, and a cache of timings of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "engine", lambda threads, provider="": FakeEngine())
+        patch.setattr(base, "engine", lambda name, **settings: FakeEngine())
         patch.setattr(fake, "SECONDS_PER_NODE", 1e-9)  # a tiny model would take its time for its nodes alone
         patch.setenv("GRAPHPRUNE_CACHE", str(tmp_path_factory.mktemp("timings")))
         yield
@@ -288,7 +288,7 @@ def test_profile_of_typical_layers(monkeypatch, tmp_path):
 
 
 def test_a_picture_of_another_format_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "engine", lambda *_: pytest.fail("an engine was asked for"))
+    monkeypatch.setattr(base, "engine", lambda *_, **__: pytest.fail("an engine was asked for"))
     assert "a picture ends in .png" in one_line(call("profile", VIT, "--picture", tmp_path / "gains.gif"))
 
 

@@ -39,7 +39,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "SPEC", TINY)
         patch.setattr(fake, "SECONDS_PER_NODE", 1e-9)
-        patch.setattr(base, "engine", lambda threads, provider="": FakeEngine())
+        patch.setattr(base, "engine", lambda name, **settings: FakeEngine())
         patch.setenv("GRAPHPRUNE_CACHE", str(tmp_path_factory.mktemp("timings")))
         yield
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from graphprune import engines
 from graphprune.engines import onnxruntime as module
+from graphprune.engines import sampling
 from graphprune.engines.fake import SECONDS_PER_NODE, SECONDS_PER_PRODUCT, FakeEngine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
@@ -83,7 +86,7 @@ def test_the_identity_of_onnxruntime_names_what_timings_depend_on() -> None:
         f"onnxruntime {module.onnxruntime.__version__}",
         "CPUExecutionProvider",
         "2 threads",
-        module.processor(),
+        sampling.processor(),
     ):
         assert part in identity
     others = [OnnxRuntimeEngine(), OnnxRuntimeEngine(2, optimisation="basic"), OnnxRuntimeEngine(2, batch=4)]
@@ -106,15 +109,18 @@ def test_an_operator_unknown_to_onnxruntime_is_not_called_a_broken_file() -> Non
         OnnxRuntimeEngine().run(one_node("Nonsense", [1, 3]), {})
 
 
+@pytest.mark.parametrize("name", engines.ENGINES)
 @pytest.mark.parametrize("element", [TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL])
-def test_inputs_of_every_common_type_can_be_made(element: int) -> None:
-    (timing,) = OnnxRuntimeEngine().measure([one_node("Identity", ["n", 3], element=element)], rounds=2)
+@pytest.mark.parametrize("shape", [["n", 3], []])
+def test_inputs_of_every_common_type_can_be_made(element: int, name: str, shape: list[int | str]) -> None:
+    (timing,) = engines.create(name).measure([one_node("Identity", shape, element=element)], rounds=2)
     assert timing.error is None
 
 
-def test_an_input_of_another_type_is_an_error_value() -> None:
-    (timing,) = OnnxRuntimeEngine().measure([one_node("Identity", ["n", 3], element=TensorProto.STRING)], rounds=2)
-    assert "tensor(string)" in (timing.error or "")
+@pytest.mark.parametrize("name", engines.ENGINES)
+def test_an_input_of_another_type_is_an_error_value(name: str) -> None:
+    (timing,) = engines.create(name).measure([one_node("Identity", ["n", 3], element=TensorProto.STRING)], rounds=2)
+    assert "string" in (timing.error or "")
 
 
 def test_dynamic_axes_are_one_but_the_first_is_the_batch() -> None:
@@ -148,7 +154,7 @@ def test_samples_are_long_enough_interleaved_and_shuffled(monkeypatch: pytest.Mo
     seconds = {b"short": 2.0**-13, b"middle": 2.0**-11, b"long": 2.0**-9}  # exact in binary, so that the clock is too
     clock = Clock(seconds)
     monkeypatch.setattr(module.onnxruntime, "InferenceSession", clock.session)
-    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(sampling, "time", clock)
     timings = OnnxRuntimeEngine().measure(list(seconds), rounds=40)
     assert [timing.samples for timing in timings] == [(value,) * 40 for value in seconds.values()]
     # One untimed run, then as many as take at least a millisecond.
@@ -163,4 +169,36 @@ def test_samples_are_long_enough_interleaved_and_shuffled(monkeypatch: pytest.Mo
 
 
 def test_the_processor_is_named() -> None:
-    assert module.processor().strip()
+    assert sampling.processor().strip()
+
+
+def test_engines_by_name() -> None:
+    made = engines.create("onnxruntime", threads=2, optimisation="basic")
+    assert made == OnnxRuntimeEngine(2, optimisation="basic")
+    assert engines.create(**(engines.settings_of(made) or {})) == made
+    assert engines.settings_of(FakeEngine()) is None
+    with pytest.raises(InputError, match="unknown engine 'tensorrt'; known are onnxruntime, openvino"):
+        engines.create("tensorrt")
+    with pytest.raises(InputError, match=r"'openvino' has no setting provider$"):
+        engines.create("openvino", threads=2, provider="CPUExecutionProvider")
+    assert [engines.named_in(x.identity) for x in (made, engines.create("openvino"), FakeEngine())] == [
+        "onnxruntime", "openvino", "onnxruntime",
+    ]  # fmt: skip
+
+
+def test_an_engine_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "graphprune.engines.openvino", raising=False)
+    with pytest.raises(InputError, match=r"pip install graphprune\[openvino\]"):
+        engines.create("openvino")
+
+
+def test_openvino_fixes_dynamic_axes_and_refuses_what_it_cannot_load() -> None:
+    engine = engines.create("openvino", batch=5)
+    assert "batch 5" in engine.identity
+    # The weight fits only an input [5, 1]; any other size would be an error.
+    assert engine.measure([one_node("Gemm", ["n", "m"], [1, 2])], rounds=1)[0].error is None
+    with pytest.raises(InputError, match=r"^OpenVINO cannot load the model: [^\n]*Nonsense[^\n]*$"):
+        engine.run(one_node("Nonsense", [1, 3]), {})
+    with pytest.raises(InputError, match="threads must be at least 1"):
+        engines.create("openvino", threads=0)

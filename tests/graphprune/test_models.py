@@ -111,6 +111,7 @@ def test_options_round_trip(options: dict[str, object]) -> None:
 @pytest.mark.parametrize("spec", ["timm:resnet18?num_classes=3", "torchvision:resnet18", "cifar:resnet20"])
 def test_local_specs_pass(spec: str) -> None:
     models.refuse_remote(spec)
+    assert models.parse(spec).library == spec.partition(":")[0]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from graphprune.problem import BudgetSpent
+from graphprune.problem import BudgetSpent, Factor, Sum
 from tests.agents.toys import feasible_plans, problem, with_branch
 
 MADE = problem(5, sizes=(3, 4, 2, 5), limit=0.5, trials=2)
@@ -33,16 +33,34 @@ def test_masks_are_many_single_masks() -> None:
 
 
 def test_the_wall_allows_the_feasible_plans_and_no_others() -> None:
-    allowed = [tuple(row) for row in np.ndindex(3, 4, 2, 5) if MADE.allows(row)]
-    assert allowed == feasible_plans(MADE)
+    every = list(np.ndindex(3, 4, 2, 5))
+    allowed = [p for p in every if all(MADE.mask(p[:site])[option] for site, option in enumerate(p))]
+    assert allowed == feasible_plans(MADE) == [plan for plan in every if MADE.allows(plan)]
     assert 10 < len(allowed) < 100
+
+
+def test_where_options_exclude_each_other_feasible_plans_stay_reachable() -> None:
+    """A chain in which no two neighbours may both be cut: what is cheapest depends on what was decided before."""
+    made = problem(2, sizes=(3,) * 5, limit=0.75, pairs=False)
+    excluded = np.where(np.outer([0, 1, 1], [0, 1, 1]), np.inf, 0.0)
+    pairs = tuple(Factor((site, site + 1), excluded) for site in range(4))
+    made.costs = {"latency": Sum(0.0, made.costs["latency"].factors + pairs)}
+    plans = feasible_plans(made)
+    least = min(map(made.overrun, np.ndindex(*[3] * 5)))
+    assert made.overrun(made.cheapest) == pytest.approx(least)
+    assert len(made.completions) > 1
+    walked = [p for p in plans if all(made.mask(p[:site])[option] for site, option in enumerate(p))]
+    assert len(walked) == len(plans) > 5
+    assert all(made.allows(plan) for plan in plans)
+    for prefix in np.ndindex(3, 3):
+        assert made.mask(prefix).any()
 
 
 def test_the_order_of_a_sum_does_not_decide_a_target() -> None:
     made = problem(5, sizes=(3, 4, 2, 5), trials=1)
     for row in SOME.tolist():
         made.limits = {"latency": made.costs["latency"](row)}
-        made.__dict__.pop("cheapest", None)
+        made.__dict__.pop("completions", None)
         assert made.allows(row)
 
 

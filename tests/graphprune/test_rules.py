@@ -20,7 +20,10 @@ from tests.graphprune.oracle import (
 )
 from tests.graphprune.rule_cases import LAYERS, STRUCTURAL, Around, Elementwise
 
-POINTWISE = sorted(set(RULES) - set(STRUCTURAL))
+OPERATORS = {name.partition(",")[0] for name in STRUCTURAL}
+POINTWISE = sorted(set(RULES) - OPERATORS)
+PLANS = ((0, 1.0), (1, 0.5), (2, 0.5))
+"""Seeds of random plans, and the share of groups that each cuts."""
 
 
 def _operators(graph: ModelGraph) -> set[str]:
@@ -28,7 +31,7 @@ def _operators(graph: ModelGraph) -> set[str]:
 
 
 def test_every_structural_case_is_an_entry() -> None:
-    assert set(STRUCTURAL) <= set(RULES)
+    assert set(RULES) >= OPERATORS
 
 
 @pytest.mark.parametrize("name", STRUCTURAL)
@@ -38,11 +41,30 @@ def test_cut_through_a_structural_operator(name: str) -> None:
     model = scramble(Around(body, kind, layers))
     inputs = [torch.randn(LAYERS[kind][1], dtype=torch.float64)]
     graph = trace(model, inputs)
-    assert name in _operators(graph), "the case does not reach the operator"
+    assert name.partition(",")[0] in _operators(graph), "the case does not reach the operator"
     cut = {member.parameter for site in graph.all_sites for member in _members(graph, site.atom)}
     assert any(parameter.startswith("before") for parameter in cut), "nothing can be cut in front of the operator"
-    plan = random_plan(graph, np.random.default_rng(0), groups=1.0, kernels=1.0)
-    check_masked_equivalence(model, graph, plan, inputs)
+    for seed, groups in PLANS:
+        plan = random_plan(graph, np.random.default_rng(seed), groups=groups, kernels=groups)
+        check_masked_equivalence(model, graph, plan, inputs)
+
+
+@pytest.mark.parametrize(("kind", "pool"), [(3, "max_pool1d"), (3, "avg_pool1d"), (4, "max_pool2d"), (5, "avg_pool3d")])
+def test_what_a_pool_slides_over_is_frozen(kind: int, pool: str) -> None:
+    """Here the channels are last, where a pool takes them for a place."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = nn.Linear(3, 8), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.after(getattr(torch.nn.functional, pool)(self.before(x), 2))
+
+    graph = trace(Pooled(), torch.randn(2, *[4] * (kind - 2), 3))
+    (group,) = (group for group in graph.all_groups if "before.bias" in {m.parameter for m in group.members})
+    assert group.size == 8
+    assert group.frozen[0].startswith(f"spatial ({pool}")
 
 
 def _members(graph: ModelGraph, atom: int) -> tuple:

@@ -1,7 +1,7 @@
 """The search from end to end on a fake engine: budgets, honest data, failures, kills; and once on the real one."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,73 +12,24 @@ import torch
 from torch import nn
 
 from graphprune.counting import count
-from graphprune.cuts import Cuts
 from graphprune.engines.base import Model, Timing
 from graphprune.engines.fake import FakeEngine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError, StepError, TargetError
-from graphprune.evaluation import Workbench
 from graphprune.export import onnx_bytes
 from graphprune.measure import measure
 from graphprune.problem import Factor, Problem, Sum
 from graphprune.registry import chosen_patterns, patterns
 from graphprune.result import Result
 from graphprune.search import PROBES, VERIFY_ROUNDS, corrected, random_walk, search
-from graphprune.study import Study, label, list_studies
 from graphprune.surgery import apply
 from graphprune.target import Target
 from graphprune.task import Task
 from tests.agents.toys import problem as toy
+from tests.graphprune.searching import Builds, counted_builds, real_share, run, shared_cache  # noqa: F401 - fixtures
 from tests.graphprune.tiny import CLASSES, batches, fitted, forbidden, task
 
 module = import_module("graphprune.search")  # the package's attribute of this name is the function
-
-
-@pytest.fixture(autouse=True)
-def _shared_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cache of operator times for all searches of this file."""
-    folder = tmp_path_factory.getbasetemp() / "search-cache"
-    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(folder))
-
-
-class Builds:
-    """Counts the models that are built, and may raise at one of them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.cuts: list[Cuts] = []
-        self.stop_at: int | None = None
-        self.error: BaseException = KeyboardInterrupt()
-        original: Callable[[Workbench, Cuts], nn.Module] = Workbench.build
-
-        def build(bench: Workbench, cuts: Cuts) -> nn.Module:
-            self.cuts.append(cuts)
-            if len(self.cuts) == self.stop_at:
-                raise self.error
-            return original(bench, cuts)
-
-        monkeypatch.setattr(Workbench, "build", build)
-
-    def restart(self, stop_at: int | None = None) -> None:
-        """Count from zero."""
-        self.cuts, self.stop_at = [], stop_at
-
-
-@pytest.fixture
-def builds(monkeypatch: pytest.MonkeyPatch) -> Builds:
-    return Builds(monkeypatch)
-
-
-def run(target: Target | None = None, agent: str = "random", trials: int = 6, **options: Any) -> Result:
-    """A search on the fake engine."""
-    given = {"engine": FakeEngine(), "seed": 5, **options}
-    return search(given.pop("model", None) or fitted(), given.pop("task", None) or task(),
-                  target or Target(latency=0.7), agent, trials, **given)  # fmt: skip
-
-
-def real_share(result: Result) -> float:
-    """The exact latency share on the fake engine, from fresh exports."""
-    engine, x = FakeEngine(), task().example_inputs
-    return engine.seconds(onnx_bytes(result.model, x)) / engine.seconds(onnx_bytes(result.dense, x))
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
@@ -101,13 +52,9 @@ def test_a_latency_budget_is_met_and_the_dense_model_is_untouched() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
     check_facts(result)
-    assert {stage for stage, *_ in told} == {"trace", "profile", "calibrate", "search", "verify"} - _cached(told)
-    assert all(0 <= done <= total for _, done, total, _ in told)
-
-
-def _cached(told: Sequence[tuple[str, int, int, str]]) -> set[str]:
+    assert {stage for stage, *_ in told} == {"trace", "profile", "calibrate", "search", "verify"}
     assert any(note == "whole models" for *_, note in told), "probes are told under the stage profile"
-    return set()
+    assert all(0 <= done <= total for _, done, total, _ in told)
 
 
 def check_facts(result: Result) -> None:
@@ -194,79 +141,6 @@ def test_a_result_that_is_no_faster_says_so() -> None:
     assert "the pruned model is not measurably faster than the dense one" in result.notes
 
 
-# --- the same again -------------------------------------------------------------------------------------------------
-
-
-def test_same_seed_same_plans() -> None:
-    torch.manual_seed(1)
-    first = run(seed=3)
-    torch.manual_seed(2)
-    np.random.seed(2)  # noqa: NPY002 (the point of the test)
-    second, other = run(seed=3), run(seed=4)
-    assert [record.plan for record in first.records] == [record.plan for record in second.records]
-    assert first.plan == second.plan
-    assert all(torch.equal(v, second.model.state_dict()[n]) for n, v in first.model.state_dict().items())
-    assert [record.plan for record in first.records] != [record.plan for record in other.records]
-
-
-def test_a_second_run_evaluates_nothing_anew_and_a_killed_one_loses_the_trial_in_flight(
-    tmp_path: Path, builds: Builds
-) -> None:
-    whole = run(study=tmp_path / "whole.db")
-    needed = len(builds.cuts)
-    assert needed > PROBES + 3
-    distinct = len({record.plan for record in whole.records})
-    stored = stored_records(tmp_path / "whole.db")
-    verified = needed - len(stored)
-    assert verified >= 1, "what is verified is built again and not stored"
-    assert len(stored) >= distinct
-
-    builds.restart()
-    again = run(study=tmp_path / "whole.db")
-    assert len(builds.cuts) == verified, "nothing is evaluated anew"
-    assert stored_records(tmp_path / "whole.db") == stored
-    same(again, whole)
-
-    for killed_at in (2, PROBES + 3, len(stored) + 1):
-        file = tmp_path / f"{killed_at}.db"
-        builds.restart(stop_at=killed_at)
-        with pytest.raises(KeyboardInterrupt):
-            run(study=file)
-        assert len(stored_records(file)) == killed_at - 1
-        builds.restart()
-        same(run(study=file), whole)
-        assert len(builds.cuts) == needed - (killed_at - 1)
-
-
-def stored_records(file: Path) -> list[str]:
-    (summary,) = list_studies(file)
-    return [record.to_json() for record in Study.open(file, summary.name).records()]
-
-
-def same(one: Result, other: Result) -> None:
-    assert one.plan == other.plan
-    assert [r.plan for r in one.records] == [r.plan for r in other.records]
-    assert [r.accuracy for r in one.records] == [r.accuracy for r in other.records]
-    assert all(torch.equal(v, other.model.state_dict()[n]) for n, v in one.model.state_dict().items())
-
-
-def test_other_weights_data_labels_or_engines_are_another_study(tmp_path: Path) -> None:
-    file, work = tmp_path / "study.db", task()
-    swapped = tuple((x, targets.roll(1)) for x, targets in work.validation if targets is not None)
-    moved = (work.calibration[0].roll(1, 0), *work.calibration[1:])
-    runs: list[dict[str, Any]] = [
-        {}, {"model": fitted(1)}, {"task": replace(work, validation=swapped)},
-        {"task": replace(work, calibration=moved)},
-        {"engine": FakeEngine(seed=1)},
-    ]  # fmt: skip
-    for number, options in enumerate(runs, start=1):
-        result = run(trials=1, agent="magnitude", study=file, **options)
-        assert result.record.accuracy == (options.get("task") or work).accuracy(result.model)
-        assert len(list_studies(file)) == number
-    run(trials=1, agent="magnitude", study=file)
-    assert len(list_studies(file)) == len(runs)
-
-
 # --- patterns ------------------------------------------------------------------------------------------------------
 
 
@@ -289,22 +163,6 @@ def test_unknown_and_no_patterns_are_refused_before_anything_is_measured(names: 
     with pytest.raises(InputError, match=r"known are .*filter.*kernel"):
         run(patterns=names, engine=engine)
     assert engine.calls == 0
-
-
-def test_searches_with_other_patterns_share_a_study_and_its_columns(tmp_path: Path) -> None:
-    """The same plan is not evaluated twice, and every choice is a column, whichever search came first."""
-    file = tmp_path / "study.db"
-    for names in (("filter",), ("kernel",), None):
-        run(Target(latency=0.8), trials=4, study=file, patterns=names)
-    (summary,) = list_studies(file)
-    study = Study.open(file, summary.name)
-    records = study.records()
-    assert len({record.plan for record in records}) == len(records)
-    assert {choice.pattern for record in records for choice in record.plan.choices} == {"filter", "kernel"}
-    for record in records:
-        shown = study._params(record.plan)
-        for choice in record.plan.choices:
-            assert shown[choice.site] == label(choice.pattern, choice.level)
 
 
 # --- honest data ----------------------------------------------------------------------------------------------------
@@ -507,11 +365,3 @@ def test_the_budget_holds_in_a_fresh_process_on_the_real_engine(
     if result.met:
         assert share.low <= 1.25 * limit
     assert 0.2 < share.value / result.record.measured.value < 5
-
-
-def test_a_search_repeated_on_a_noisy_engine_goes_the_same_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: Builds
-) -> None:
-    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path / "cache"))
-    first, second = (run(engine=FakeEngine(noise=0.05), study=tmp_path / "study.db", trials=8) for _ in range(2))
-    assert [record.plan for record in first.records] == [record.plan for record in second.records]

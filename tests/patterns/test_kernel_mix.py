@@ -33,8 +33,8 @@ COLUMN, ROW = ((0, 3), (1, 2)), ((1, 2), (0, 3))
 
 
 def site(filters: int, order: int = 0, kernel: tuple[int, int] = (3, 3)) -> Site:
-    positions = kernel[0] * kernel[1]
-    return Site("conv/kernel", "kernel", positions, ("conv",), "conv", kernel=kernel, order=order, filters=filters)
+    given = {"kernel": kernel, "order": order, "filters": filters, "channels": 8}
+    return Site("conv/kernel", "kernel", kernel[0] * kernel[1], ("conv",), "conv", **given)  # type: ignore[arg-type]
 
 
 def level(made: Site, name: str) -> Level:
@@ -83,12 +83,13 @@ def test_levels_share_the_filters_in_whole_blocks() -> None:
 def test_filters_go_where_the_total_score_is_highest() -> None:
     made = site(4)
     one = MIX.levels(made, 2)[-1]
-    scores = np.random.default_rng(0).normal(size=(4, len(MIX.windows(made))))
+    scores = np.random.default_rng(0).normal(size=(4, len(MIX.patches(made))))
     found = MIX.rewrite(made, MIX.choose(made, one, scores)).mixes["conv"]
-    columns, rows = (MIX.windows(made).index(window) for window in (COLUMN, ROW))
+    windows = [patch[:2] for patch in MIX.patches(made)]
+    columns, rows = (windows.index(window) for window in (COLUMN, ROW))
     shares = set(permutations([columns, columns, rows, rows]))
     best = max(shares, key=lambda share: sum(scores[filter_, window] for filter_, window in enumerate(share)))
-    assert found == tuple(MIX.windows(made)[window] for window in best)
+    assert found == tuple(windows[window] for window in best)
 
 
 def test_what_is_no_mix_is_refused() -> None:
