@@ -65,7 +65,7 @@ class Bench:
         candidates.collect(lambda done, total: print(f"{name}: {done} of {total} operators timed", flush=True))
         problem = judged_by_tables(candidates, HIGHEST)
         bench = Workbench(given.module, given.graph, reference=None, task=None)
-        bench.probe(candidates.cuts(problem.cheapest))
+        bench.probe(candidates.cuts(problem.completions[0]))
         engine = OnnxRuntimeEngine(threads, batch=batch)
         return cls(
             given, engine, candidates, problem.costs["latency"], problem, bench, onnx_bytes(given.module, given.example)

@@ -47,7 +47,7 @@ class Observer:
         self.sites = len(problem.decisions)
         self.options = max((len(decision.options) for decision in problem.decisions), default=1)
         self._dense = np.array(problem.dense, dtype=np.int64)
-        self._cheapest = np.array(problem.cheapest, dtype=np.int64)
+        self._cheapest = np.array(problem.completions[0], dtype=np.int64)
         self._base = problem.error(problem.dense)
         self._scale = max(abs(problem.error(problem.cheapest) - self._base), 1e-9)
         self._unit = max(problem.overrun(problem.dense), 1e-9)

@@ -184,8 +184,8 @@ class Problem:
 
     @property
     def cheapest(self) -> Choices:
-        """The completion with the smallest overrun."""
-        return self.completions[0]
+        """The plan of the completion with the smallest overrun."""
+        return self.canonical(self.completions[0])
 
     def mask(self, prefix: Sequence[int]) -> NDArray[np.bool_]:
         """Which options of site `len(prefix)` leave the target reachable: the action wall.

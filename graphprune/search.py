@@ -152,7 +152,7 @@ class _Session:
             module, graph, task, target, engine, candidates, bench, costs, limits, candidates.error(), store,
             dense, dense_onnx, progress,
         )  # fmt: skip
-        session.bench.probe(candidates.cuts(session.problem(1, session._aims()).cheapest))
+        session.bench.probe(candidates.cuts(session.problem(1, session._aims()).completions[0]))
         session._correct_latency()
         session._check_reachable()
         return session

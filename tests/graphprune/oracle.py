@@ -303,8 +303,8 @@ def random_keep(site: Site, rng: np.random.Generator) -> tuple[int, ...]:
 
 
 def random_plan(graph: ModelGraph, rng: np.random.Generator, groups: float = 0.8, kernels: float = 0.6) -> Plan:
-    """Random choices at a share of the sites: any group that is not frozen, any kernel; branches stay."""
-    sites = [site for site in graph.all_sites if site.branch is None]
+    """Random choices at a share of the sites: groups that are not frozen, kernels; branches stay."""
+    sites = [site for site in graph.all_sites if site.branch is None and site.size > 1]
     chosen = [site for site in sites if rng.random() < (kernels if site.kind == "kernel" else groups)]
     choices = [Choice(site.name, site.kind, "some", random_keep(site, rng)) for site in chosen]
     return Plan(graph.signature, tuple(choices), graph.inputs)

@@ -224,7 +224,7 @@ def test_an_unknown_operator_freezes_and_names_itself() -> None:
     reasons = {member.parameter: group.frozen for group, member in leading}
     assert "no rule for graphprune_tests.scale_channels.default" in " ".join(reasons["before.weight"])
     assert "in the model" in " ".join(reasons["scale"])
-    assert [site.name for site in graph.all_sites] == ["after/channels"]
+    assert [site.name for site in graph.all_sites if site.kind == "channels"] == ["after/channels"]
     check_masked_equivalence(model, graph, _half(graph), inputs)
 
 
@@ -239,7 +239,10 @@ def test_a_rule_of_the_users_own_thaws_it() -> None:
         model = scramble(Custom())
         inputs = [IMAGE.double()]
         graph = trace(model, inputs)
-        assert [site.name for site in graph.all_sites] == ["before/channels", "after/channels"]
+        assert [site.name for site in graph.all_sites if site.kind == "channels"] == [
+            "before/channels",
+            "after/channels",
+        ]
         assert check_masked_equivalence(model, graph, _half(graph), inputs).model.scale.shape == (3,)
 
 
@@ -251,7 +254,7 @@ def test_a_rule_that_returns_wrong_sizes_counts_as_none() -> None:
             return call.axes("x")[:2]
 
         graph = trace(Custom(), IMAGE)
-        assert [site.name for site in graph.all_sites] == ["after/channels"]
+        assert [site.name for site in graph.all_sites if site.kind == "channels"] == ["after/channels"]
 
 
 def _half(graph: object) -> Plan:
@@ -263,7 +266,7 @@ def test_a_fourier_transform_freezes_what_runs_through_it() -> None:
     model = scramble(Fourier())
     inputs = [IMAGE.double()]
     graph = trace(model, inputs)
-    assert [site.name for site in graph.all_sites] == ["after/channels"]
+    assert [site.name for site in graph.all_sites if site.kind == "channels"] == ["after/channels"]
     frozen = next(group for group in graph.all_groups if group.producers and group.name.startswith("before"))
     assert any("fft" in reason for reason in frozen.frozen)
     check_masked_equivalence(model, graph, _half(graph), inputs)
