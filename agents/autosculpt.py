@@ -52,17 +52,24 @@ Vectors = NDArray[np.int64]
 
 
 @contextmanager
-def own_randomness(rng: np.random.Generator) -> Iterator[None]:
-    """Seed the global generators that SB3 and torch draw from, and put their states back afterwards."""
+def reproducible(rng: np.random.Generator) -> Iterator[None]:
+    """Make what is computed here depend on `rng` alone, and put everything back afterwards.
+
+    SB3 and torch draw from the global generators. Several threads would add up gradients in the order in which they
+    come, and a search that rounds differently soon takes another way; networks this small are no slower on one.
+    """
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 (SB3 shuffles with the global generator)
+    threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         seed = int(rng.integers(2**31))
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         torch.manual_seed(seed)
+        torch.set_num_threads(1)
         try:
             yield
         finally:
+            torch.set_num_threads(threads)
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
 
@@ -130,7 +137,7 @@ class Search:
         self.rewards: dict[Choices, float] = {}
         self.per_round = max(4, problem.trials // ROUNDS)
         self.episodes = Episodes(self.observer, EPISODES, self.judge)
-        with own_randomness(rng):
+        with reproducible(rng):
             self.ppo = MaskablePPO(
                 PairPolicy,
                 self.episodes,
@@ -166,7 +173,7 @@ class Search:
 
     def _update(self) -> None:
         """One PPO update on `EPISODES` episodes."""
-        with own_randomness(self.rng):
+        with reproducible(self.rng):
             steps = self.observer.sites * EPISODES
             self.ppo.learn(steps, log_interval=None, reset_num_timesteps=False)
 
@@ -211,7 +218,7 @@ class Search:
     def decode(self, anchors: Vectors, greedy: bool) -> Vectors:
         """Let the policy decide the open sites (-1) of `anchors` [N, sites]; the wall may overrule an anchor."""
         prefixes = np.zeros((len(anchors), 0), dtype=np.int64)
-        with own_randomness(self.rng):
+        with reproducible(self.rng):
             for site in range(anchors.shape[1]):
                 masks = self.observer.masks(prefixes)
                 taken = anchors[:, site].copy()

@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -130,19 +131,16 @@ def main() -> None:
     kept = options.work / "convergence.jsonl"
     known = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     lines = []
-    for model in options.models.split(","):
-        for seed in range(options.seeds):
-            for agent in options.agents.split(","):
-                own = {"model": model, "agent": agent, "seed": seed, "trials": options.trials}
-                line = next((line for line in known if own.items() <= line.items()), None)
-                if line is None:
-                    line = search(model, agent, seed, options)
-                    with kept.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                lines.append(line)
-                best = curve(line)[-1]
-                print(f"{model} {agent} seed {seed}: {best:.2%}, {line['seconds']:.0f} s", flush=True)
-                write(lines)
+    for model, seed, agent in product(options.models.split(","), range(options.seeds), options.agents.split(",")):
+        own = {"model": model, "agent": agent, "seed": seed, "trials": options.trials}
+        line = next((line for line in known if own.items() <= line.items()), None)
+        if line is None:
+            line = search(model, agent, seed, options)
+            with kept.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        lines.append(line)
+        print(f"{model} {agent} seed {seed}: {curve(line)[-1]:.2%}, {line['seconds']:.0f} s", flush=True)
+        write(lines)
     print(table(lines))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from graphprune.axes import Indices
 from graphprune.errors import InputError
-from graphprune.graph import Branch, Layer, ModelGraph, Patch, Window
+from graphprune.graph import Branch, Layer, ModelGraph, Patch, Window, group_patches
 from graphprune.operators import Absent, Convolution, Mixture, Operator
 from graphprune.plan import Choice, Plan
 
@@ -62,9 +62,8 @@ class Cuts:
         operator = layer.operator
         assert isinstance(operator, Convolution)
         if layer.node in self.groups:
-            size = operator.inputs // self.group_count(layer)
-            rows, columns = ((0, side) for side in operator.kernel)
-            return tuple((rows, columns, (own * size, (own + 1) * size)) for own in self.groups[layer.node])
+            patches = group_patches(operator.kernel, operator.inputs, self.group_count(layer))
+            return tuple(patches[own] for own in self.groups[layer.node])
         return tuple((*window, (0, operator.inputs)) for window in self.mixes.get(layer.node, ()))
 
     def group_count(self, layer: Layer) -> int:

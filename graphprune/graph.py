@@ -26,6 +26,13 @@ Patch = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """Rows, columns and input channels [start, stop) that a filter of a convolution keeps."""
 
 
+def group_patches(kernel: tuple[int, int], channels: int, groups: int) -> tuple[Patch, ...]:
+    """What the filters of each group of a convolution keep: the whole kernel of their share of the channels."""
+    rows, columns = kernel
+    size = channels // groups
+    return tuple(((0, rows), (0, columns), (group * size, (group + 1) * size)) for group in range(groups))
+
+
 @dataclass(frozen=True)
 class Node:
     """One operator call: `op` is its ATen name, `module` the path of the module whose code called it.

@@ -1,12 +1,14 @@
 """What every pattern declares: where it is legal, at which levels, which units it keeps, and what that cuts."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 
 from graphprune.calibration import Statistics
 from graphprune.cuts import Cuts
@@ -97,3 +99,14 @@ def shares(site: Site, block: int, fractions: tuple[float, ...] = (0.75, 0.5, 0.
     step = block // gcd(block, site.unit)
     counts = {max(step, round(fraction * site.size / step) * step) for fraction in fractions}
     return tuple(Level(f"{count} of {site.size}", count) for count in sorted(counts, reverse=True) if count < site.size)
+
+
+def shared_equally(scores: Scores, columns: Sequence[int]) -> NDArray[np.int64]:
+    """The number of the column that each filter gets when all get as many, at the highest total of `scores`.
+
+    `scores` are [filters, patches]; `columns` are some of the patches, of which one may occur more than once.
+    """
+    share = len(scores) // len(columns)
+    _, taken = linear_sum_assignment(scores[:, np.repeat(columns, share)], maximize=True)
+    numbers: NDArray[np.int64] = taken // share
+    return numbers

@@ -205,7 +205,7 @@ class Problem:
             choices = np.tile(np.array(completion, dtype=np.int64), (count, 1))
             choices[:, :site] = prefixes
             passes |= self.sweep_overruns(choices, site) <= 1.0 + ROUNDING
-        passes[~passes.any(axis=1), self.cheapest[site]] = True
+        passes[~passes.any(axis=1), self.completions[0][site]] = True
         gone = prefixes[:, list(self.decisions[site].gone_with)].any(axis=1)
         passes[gone] = np.arange(passes.shape[1]) == 0
         return passes

@@ -31,16 +31,12 @@ class Zero(nn.Module):
 
 def drop_zeros(model: ir.Model) -> int:
     """Replace each sum of a tensor and the zeros of a dropped branch by that tensor, in place. Returns how many."""
-    plain: set[ir.Value] = set()
     zeros: set[ir.Value] = set()
     count = 0
     for node in model.graph:
         sources = [value for value in node.inputs if value is not None]
         nothing = [value for value in sources if value in zeros or _is_marked(value)]
-        if node.op_type in ("ConstantOfShape", "Expand") and _fills_with_zeros(node):
-            plain.update(node.outputs)
-        negated = node.op_type == "Neg" and (sources[0] in plain or _constant_zeros(sources[0]) is not None)
-        if negated or _keeps_zero(node, sources, nothing):
+        if _makes_marked(node) or _keeps_zero(node, sources, nothing):
             zeros.update(node.outputs)
         elif node.op_type == "Add" and nothing and not node.outputs[0].is_graph_output():
             kept = sources[1] if sources[0] in nothing else sources[0]
@@ -59,9 +55,20 @@ def _keeps_zero(node: ir.Node, sources: list[ir.Value], nothing: list[ir.Value])
     return node.op_type in MOVES and bool(nothing) and sources[0] in nothing
 
 
+def _makes_marked(node: ir.Node) -> bool:
+    """Whether the node negates zeros."""
+    source = node.inputs[0] if node.op_type == "Neg" else None
+    if source is None:
+        return False
+    maker = source.producer()
+    return _constant_zeros(source) is not None or (maker is not None and _fills_with_zeros(maker))
+
+
 def _fills_with_zeros(node: ir.Node) -> bool:
     if node.op_type == "Expand":
         return node.inputs[0] is not None and _constant_zeros(node.inputs[0]) is not None
+    if node.op_type != "ConstantOfShape":
+        return False
     return "value" not in node.attributes or not np.any(node.attributes["value"].as_tensor().numpy())
 
 
@@ -74,6 +81,8 @@ def _is_marked(value: ir.Value) -> bool:
 def _constant_zeros(value: ir.Value) -> NDArray[np.floating] | None:
     """The constant, if it is one, of floating-point zeros alone."""
     tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None or not tensor.dtype.is_floating_point() or not tensor.size or np.any(tensor.numpy()):
+    if tensor is None or not tensor.dtype.is_floating_point() or not tensor.size:
         return None
-    return np.asarray(tensor.numpy())
+    array = np.asarray(tensor.numpy())
+    # One look spares reading all of a layer's weights.
+    return None if array.flat[0] or np.any(array) else array

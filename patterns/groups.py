@@ -8,12 +8,11 @@ and every consumer takes over that order, so no gather remains.
 from typing import ClassVar
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from graphprune.cuts import Cuts
 from graphprune.errors import InputError
-from graphprune.graph import Patch, Site
-from graphprune.pattern import Level, Pattern, Scores
+from graphprune.graph import Patch, Site, group_patches
+from graphprune.pattern import Level, Pattern, Scores, shared_equally
 
 PARTS = 4
 """The finest division; a unit is one of so many parts of the channels, for one filter: filter * PARTS + part."""
@@ -32,7 +31,9 @@ class Groups(Pattern):
 
     def patches(self, site: Site) -> tuple[Patch, ...]:
         """The channels of every group of every level."""
-        return tuple(patch for groups in _LEVELS.values() for patch in _patches(site, groups))
+        return tuple(
+            patch for groups in _LEVELS.values() for patch in group_patches(site.kernel, site.channels, groups)
+        )
 
     def levels(self, site: Site, block: int) -> tuple[Level, ...]:
         """Those that give each group whole blocks of channels and filters, where filters may stand in any order."""
@@ -46,10 +47,9 @@ class Groups(Pattern):
         """The assignment of filters to groups with the highest total of `scores` [filters, patches]."""
         groups = _LEVELS[level.name]
         patches = self.patches(site)
-        slots = np.repeat([patches.index(patch) for patch in _patches(site, groups)], site.filters // groups)
-        filters, taken = linear_sum_assignment(scores[:, slots], maximize=True)
+        columns = [patches.index(patch) for patch in group_patches(site.kernel, site.channels, groups)]
         kept = np.zeros((site.filters, groups, PARTS // groups), dtype=bool)
-        kept[filters, taken * groups // site.filters] = True
+        kept[np.arange(site.filters), shared_equally(scores, columns)] = True
         return tuple(np.flatnonzero(kept).tolist())
 
     def rewrite(self, site: Site, keep: tuple[int, ...]) -> Cuts:
@@ -64,10 +64,3 @@ class Groups(Pattern):
         if site.order < 0 or (kept != whole).any() or len(set(np.bincount(own, minlength=groups))) > 1:
             raise InputError(f"{site.name!r} needs filters in free order, equally many of which keep each group")
         return Cuts(groups={site.node: tuple(own.tolist())}, order={site.order: np.argsort(own, kind="stable")})
-
-
-def _patches(site: Site, groups: int) -> list[Patch]:
-    """What the filters of each group keep: the whole kernel of their channels."""
-    rows, columns = site.kernel
-    size = site.channels // groups
-    return [((0, rows), (0, columns), (group * size, (group + 1) * size)) for group in range(groups)]

@@ -9,12 +9,11 @@ window costs a crop), and levels that give each geometry whole vector blocks of 
 from typing import ClassVar
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from graphprune.cuts import Cuts
 from graphprune.errors import InputError
 from graphprune.graph import Patch, Site, Window
-from graphprune.pattern import Level, Pattern, Scores
+from graphprune.pattern import Level, Pattern, Scores, shared_equally
 
 _WHOLE, _FIRST, _MIDDLE, _LAST = (0, 3), (0, 2), (1, 2), (1, 3)
 _GEOMETRY: dict[str, Window] = {
@@ -68,12 +67,11 @@ class KernelMix(Pattern):
         """The assignment of filters to geometries with the highest total of `scores` [filters, geometries]."""
         names = list(_GEOMETRY)
         parts = [names.index(part) for part in _LEVELS[level.name]]
-        slots = np.repeat(parts, site.filters // len(parts))
-        filters, taken = linear_sum_assignment(scores[:, slots], maximize=True)
         positions = np.arange(site.size).reshape(site.kernel)
         keep = [
             filter_ * site.size + positions[slice(*rows), slice(*columns)].reshape(-1)
-            for filter_, (rows, columns) in zip(filters, (_WINDOWS[slots[slot]] for slot in taken), strict=True)
+            for filter_, part in enumerate(shared_equally(scores, parts))
+            for rows, columns in (_WINDOWS[parts[part]],)
         ]
         return tuple(int(unit) for unit in np.concatenate(keep))
 

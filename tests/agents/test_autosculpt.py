@@ -1,6 +1,5 @@
 """The main agent on problems whose answer is known, and its policy files."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +21,6 @@ from tests.graphprune import tiny
 
 SEEDS = range(10)
 TOY = 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(agent: str | AutoSculpt, made: Problem, seed: int) -> Problem:
@@ -68,6 +59,22 @@ def test_imagination_alone_learns_the_error_table() -> None:
     least = min(made.error(plan) for plan in feasible_plans(made))
     assert made.records == []
     assert after <= least + 0.25 * (before.mean() - least)
+
+
+def test_the_same_seed_rounds_alike_whatever_the_threads() -> None:
+    """Sums over threads round by chance, and in a long search a last digit decides which plans are tried."""
+    threads, weights = torch.get_num_threads(), []
+    try:
+        for count_ in (1, 2, 2, 3):
+            torch.set_num_threads(count_)
+            made = Search(problem(sizes=(12,) * 12), np.random.default_rng(0), None)
+            made.warm_up(2)
+            assert torch.get_num_threads() == count_
+            weights.append(made.weights())
+    finally:
+        torch.set_num_threads(threads)
+    for other in weights[1:]:
+        assert all(torch.equal(weight, other[name]) for name, weight in weights[0].items())
 
 
 def test_no_trial_is_spent_twice_on_one_plan() -> None:

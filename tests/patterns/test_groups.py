@@ -1,7 +1,7 @@
 """Convolutions divided into groups: what is offered, who reads what, and that the groups compute the masked weights."""
 
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import onnx
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from graphprune import candidates as tables
-from graphprune.calibration import calibrate
+from graphprune.calibration import Statistics, calibrate
+from graphprune.candidates import Candidates
 from graphprune.compensation import solve
 from graphprune.cuts import resolve
 from graphprune.drawing import draw
@@ -164,20 +165,20 @@ def test_repair_solves_each_group() -> None:
     assert error() < before * 0.99
 
 
-@pytest.mark.parametrize("largest", [1024, 1])
-def test_tables_know_the_error_of_each_filter_and_what_excludes_groups(
-    largest: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tables, "LARGEST_TABLE", largest)
+@pytest.fixture(params=[1024, 1])
+def known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Candidates, Statistics]:
+    """The candidates of the chain and what they were made from, with tables of that many pairs at most."""
+    monkeypatch.setattr(tables, "LARGEST_TABLE", request.param)
     _, graph, _ = chain(dtype=torch.float32)
     statistics = calibrate(graph, [torch.randn(32, 3, 12, 8)])
-    made = candidates(graph, statistics, LinearProfile(block=2))
-    names = [site.name for site in made.sites]
-    one, two = (names.index(f"{name}.0/kernel") for name in ("one", "two"))
-    drafts = {n: made.drafts[names[n]] for n in (one, two)}
-    node = graph.site["two.0/kernel"].node
-    layer, moments = graph.layer[node], statistics[node]
-    options = [draft for draft in drafts[two] if draft.pattern == "groups"]
+    return candidates(graph, statistics, LinearProfile(block=2)), statistics
+
+
+def test_tables_know_the_error_of_each_filter(known: tuple[Candidates, Statistics]) -> None:
+    made, statistics = known
+    node = made.graph.site["two.0/kernel"].node
+    layer, moments = made.graph.layer[node], statistics[node]
+    options = [draft for draft in made.drafts["two.0/kernel"] if draft.pattern == "groups"]
     assert [draft.level for draft in options] == ["2 groups", "4 groups"]
     for draft in options:
         expected = 0.0
@@ -187,21 +188,25 @@ def test_tables_know_the_error_of_each_filter_and_what_excludes_groups(
             kept = torch.arange(first * 9, last * 9)
             expected += solve(moments, kept, own)[1] * float(share.sum()) / moments.energy
         assert made._layer_error(layer, draft.cuts) == pytest.approx(expected, rel=1e-3)
-    cost = made.cost(lambda operator: operator.flops, graph.flops)
-    for other in ("one.0/kernel", "one.0/channels", "two.0/channels", "three/kernel"):
-        site = names.index(other)
-        for first, left in enumerate(made.drafts[other]):
-            for second, right in enumerate(drafts[two]):
-                choices = [0] * len(names)
-                choices[site], choices[two] = first, second
-                excluded = bool(right.cuts.groups) and (bool(left.cuts.order) or "channels" in other) and first > 0
-                mixed = bool(right.cuts.mixes) and other == "two.0/channels" and first > 0 and largest > 1
-                assert np.isinf(cost(choices)) == (excluded or mixed), (other, left.level, right.level)
-                if excluded:
-                    with pytest.raises(InputError, match="cannot be divided"):
-                        made.cuts(choices)
-                else:
-                    assert made.cuts(choices).operator(layer)
+
+
+@pytest.mark.parametrize("other", ["one.0/kernel", "one.0/channels", "two.0/channels", "three/kernel"])
+def test_tables_know_what_excludes_groups(known: tuple[Candidates, Statistics], other: str) -> None:
+    made, _ = known
+    names = [site.name for site in made.sites]
+    cost = made.cost(lambda operator: operator.flops, made.graph.flops)
+    pairs = product(enumerate(made.drafts[other]), enumerate(made.drafts["two.0/kernel"]))
+    for (first, left), (second, right) in pairs:
+        choices = [0] * len(names)
+        choices[names.index(other)], choices[names.index("two.0/kernel")] = first, second
+        excluded = bool(right.cuts.groups) and (bool(left.cuts.order) or "channels" in other) and first > 0
+        mixed = bool(right.cuts.mixes) and other == "two.0/channels" and first > 0 and tables.LARGEST_TABLE > 1
+        assert np.isinf(cost(choices)) == (excluded or mixed), (left.level, right.level)
+        if excluded:
+            with pytest.raises(InputError, match="cannot be divided"):
+                made.cuts(choices)
+        else:
+            assert made.cuts(choices)
 
 
 def test_people_see_groups() -> None:
