@@ -8,7 +8,8 @@ missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), 
 - the policy warms up in imagination, on episodes judged by the error table, before the first trial;
 - later episodes are judged by a belief that every record corrects; plans already evaluated count as they were;
 - each round evaluates the most promising of the policy's own plans, its greedy decode, and plans bred in imagination:
-  generation by generation the policy decides a few sites of the most promising ones anew.
+  generation by generation the policy decides a few sites of the most promising ones anew, once from all that is known
+  and once from plans drawn at random, because a policy that has made up its mind finds no other way.
 """
 
 import random
@@ -147,7 +148,7 @@ class Search:
                 n_epochs=4,
                 gamma=1.0,
                 gae_lambda=1.0,
-                ent_coef=0.01,
+                ent_coef=0.1,
                 clip_range=0.2,
                 policy_kwargs={"problem": problem},
                 device="cpu",
@@ -194,13 +195,15 @@ class Search:
         while stalls < STALLS:
             self._update()
             own = np.concatenate([self.decode(undecided, greedy=True), self.episodes.finished])
-            tried = self._try(own, self.per_round // 2)
-            tried += self._try(self._breed(own), self.per_round - self.per_round // 2)
+            wild = self.decode(np.repeat(undecided, EPISODES, axis=0), greedy=False, curiosity=1.0)
+            known = np.concatenate([own, np.array(list(self.rewards))])
+            tried = self._try(own, self.per_round // 4)
+            tried += self._try(np.concatenate([self._breed(known), self._breed(wild)]), self.per_round - tried)
             stalls = 0 if tried else stalls + 1
 
     def _breed(self, plans: Vectors) -> Vectors:
-        """What becomes of some plans and of all evaluated ones if, believed to be good, they are varied: [M, sites]."""
-        bred = pool = np.unique(np.concatenate([plans, np.array(list(self.rewards))]), axis=0)
+        """What becomes of some plans if, believed to be good, they are varied: [M, sites]."""
+        bred = pool = np.unique(plans, axis=0)
         for _ in range(GENERATIONS):
             pool = pool[np.argsort(-promise(self.belief, pool), kind="stable")[:ELITES]]
             pool = np.unique(np.concatenate([pool, self.decode(self._opened(pool), greedy=False)]), axis=0)
@@ -215,8 +218,11 @@ class Search:
             anchor[self.rng.choice(sites, size=min(sites, int(self.rng.integers(1, 4))), replace=False)] = -1
         return anchors
 
-    def decode(self, anchors: Vectors, greedy: bool) -> Vectors:
-        """Let the policy decide the open sites (-1) of `anchors` [N, sites]; the wall may overrule an anchor."""
+    def decode(self, anchors: Vectors, greedy: bool, curiosity: float = CURIOSITY) -> Vectors:
+        """Let the policy decide the open sites (-1) of `anchors` [N, sites]; the wall may overrule an anchor.
+
+        Unless greedy, it draws, and `curiosity` is the chance that an open site is drawn uniformly instead.
+        """
         prefixes = np.zeros((len(anchors), 0), dtype=np.int64)
         with reproducible(self.rng):
             for site in range(anchors.shape[1]):
@@ -224,15 +230,15 @@ class Search:
                 taken = anchors[:, site].copy()
                 is_open = (taken < 0) | ~masks[np.arange(len(masks)), taken]
                 if is_open.any():
-                    taken[is_open] = self._decide(prefixes[is_open], masks[is_open], greedy)
+                    taken[is_open] = self._decide(prefixes[is_open], masks[is_open], greedy, curiosity)
                 prefixes = np.concatenate([prefixes, taken[:, None]], axis=1)
         return prefixes
 
-    def _decide(self, prefixes: Vectors, masks: NDArray[np.bool_], greedy: bool) -> Vectors:
+    def _decide(self, prefixes: Vectors, masks: NDArray[np.bool_], greedy: bool, curiosity: float) -> Vectors:
         """The policy's options for the next site of some prefixes; unless greedy, some are drawn uniformly instead."""
         actions: Vectors
         actions, _ = self.ppo.predict(self.observer(prefixes), deterministic=greedy, action_masks=masks)
-        return actions if greedy else np.where(self.rng.random(len(actions)) < CURIOSITY, self._any(masks), actions)
+        return actions if greedy else np.where(self.rng.random(len(actions)) < curiosity, self._any(masks), actions)
 
     def _any(self, masks: NDArray[np.bool_]) -> Vectors:
         """A legal action for each row of masks [N, options], drawn uniformly."""

@@ -27,9 +27,9 @@ RIVALS = ("uniform", "random", "dp")
 class Settings:
     """How long the demo takes and what it asks for: `latency` is the target's share of the dense model's."""
 
-    trials: int = 20
+    trials: int
     latency: float = 0.5
-    dense_epochs: int = 10
+    dense_epochs: int = 9
     epochs: int = 6
     seed: int = 0
 

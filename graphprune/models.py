@@ -23,7 +23,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Value = bool | int | float | str | None | tuple[Any, ...]
 
 _FORBIDDEN = {"checkpoint_path", "cache_dir", "weights", "weights_backbone"}
-"""Options that would make a library read or fetch a file; `pretrained_*` is refused as well."""
+"""Options that would make a library read or fetch a file, unless they are None; so would `pretrained_*`."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,10 @@ def _option(text: str, spec: str) -> tuple[str, Value]:
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise InputError(f"model {spec!r}: {text!r} is not an option of the form name=value")
-    if key in _FORBIDDEN or key.startswith("pretrained_"):
+    read = _value(value, spec)
+    if read is not None and (key in _FORBIDDEN or key.startswith("pretrained_")):
         raise InputError(f"model {spec!r}: option {key!r} is not allowed; give trained weights as a safetensors file")
-    return key, _value(value, spec)
+    return key, read
 
 
 def _value(text: str, spec: str) -> Value:

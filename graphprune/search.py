@@ -225,6 +225,7 @@ class _Session:
         evaluator = self._evaluator(problem, agent.name, seed)
         evaluator.listener = lambda record: self._report(problem, agent.name)
         problem.evaluator = evaluator
+        self.progress("search", 0, trials, agent.name)
         with suppress(BudgetSpent):
             agent.run(problem, np.random.default_rng(seed))
         if not any(record.accuracy is not None for record in problem.records):
@@ -248,6 +249,7 @@ class _Session:
         fastest = min(plans, key=lambda record: record.predicted["latency"])
         seen: list[tuple[float, Record, nn.Module]] = []
         failures: list[str] = []
+        self.progress("verify", 0, FINALISTS + 1, agent)
         slowest = inf  # what is predicted no faster than a plan that just missed the target would miss it too
         for record in [*plans, fastest]:
             tried = len(seen) + len(failures)

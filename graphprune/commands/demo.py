@@ -23,19 +23,14 @@ class Demo(Verb):
     stopped: ClassVar[str] = "stopped; every finished trial is kept: give the same command again to go on from there"
 
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")] = Path("demo")
-    trials: Annotated[
-        int | None, typer.Option(metavar="N", help="Plans that each agent may evaluate. Default: 30.", min=1)
-    ] = None
+    trials: Annotated[int, typer.Option(metavar="N", help="Plans that each agent may evaluate.", min=1)] = 16
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of everything that is random.")] = 0
 
     def run(self) -> Answer:
         """Run the demo."""
-        from dataclasses import replace
-
         from graphprune import demo
 
-        settings = demo.Settings(seed=self.seed)
-        settings = settings if self.trials is None else replace(settings, trials=self.trials)
+        settings = demo.Settings(self.trials, seed=self.seed)
         with Bars() as bars:
             shown = demo.run(self.out, settings, base.engine("onnxruntime", threads=1), bars)
         answer = outcome.answer(shown.delivery, shown.scores)

@@ -109,7 +109,7 @@ def test_the_command_prints_both_tables(shown):
     """In the same folder, so that little is left to do."""
     arguments = ["demo", "--out", str(shown[0]), "--trials", "2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "Settings", lambda seed: SETTINGS)
+        patch.setattr(demo, "Settings", lambda trials, seed: SETTINGS)
         told = CliRunner().invoke(cli.app, arguments)
     assert told.exit_code == 0, told.stderr
     for text in ("test accuracy", "latency, batch 1", "FLOPs", "parameters", "uniform", "random", "dp", "report.html"):

@@ -134,6 +134,11 @@ def test_remote_specs_are_refused_before_anything_is_built(spec: str, monkeypatc
         models.refuse_remote(spec)
 
 
+def test_an_option_that_says_no_weights_is_taken() -> None:
+    spec = "torchvision.models.segmentation:lraspp_mobilenet_v3_large?weights_backbone=none&num_classes=5"
+    assert models.parse(spec).keywords == {"weights_backbone": None, "num_classes": 5}
+
+
 def test_architecture_drops_only_the_published_weights() -> None:
     assert models.architecture("timm:resnet18?num_classes=3&pretrained=True&in_chans=1") == (
         "timm:resnet18?num_classes=3&in_chans=1"

@@ -55,6 +55,7 @@ def test_a_latency_budget_is_met_and_the_dense_model_is_untouched() -> None:
     assert {stage for stage, *_ in told} == {"trace", "profile", "calibrate", "search", "verify"}
     assert any(note == "whole models" for *_, note in told), "probes are told under the stage profile"
     assert all(0 <= done <= total for _, done, total, _ in told)
+    assert [note for stage, done, *_, note in told if stage == "search" and not done] == ["dp"]
 
 
 def check_facts(result: Result) -> None:
