@@ -30,7 +30,11 @@ def main() -> None:
             check=True,
         )
         seconds = time.perf_counter() - start
-    body = {"seconds": seconds, "demo": json.loads(process.stdout), "environment": environment()}
+    try:
+        told = json.loads(process.stdout)
+    except ValueError:
+        raise SystemExit(f"the demo printed what is no JSON: {process.stdout[:500]!r}") from None
+    body = {"seconds": seconds, "demo": told, "environment": environment()}
     path = result_file("demo")
     path.write_text(json.dumps(body, indent=1) + "\n")
     print(f"{seconds:.0f} s: {path.name}")

@@ -84,8 +84,9 @@ class Profile:
     def block(self) -> int:
         """The vector block in channels (16, 8 or 4): convolutions cost whole multiples of it.
 
-        Each candidate predicts that a convolution with c output channels costs ceil(c / block); the one that fits the
-        measured times best, in the squared error of logarithms up to a common factor, is taken.
+        Each candidate predicts that a convolution with c output channels costs ceil(c / block), and is judged by the
+        squared error of the measured times' logarithms, up to a common factor. The largest is taken unless a smaller
+        one halves the error: noise must not decide between candidates that fit alike.
         """
         self.fill(BLOCK_OPERATORS)
         measured = [math.log(self.seconds(operator)) for operator in BLOCK_OPERATORS]
@@ -95,7 +96,10 @@ class Profile:
             centre = sum(errors) / len(errors)
             return sum((error - centre) ** 2 for error in errors)
 
-        return min(BLOCKS, key=misfit)
+        found, *smaller = BLOCKS
+        for block in smaller:
+            found = block if misfit(block) < misfit(found) / 2 else found
+        return found
 
     def fill(self, operators: Iterable[Operator], progress: Progress | None = None) -> None:
         """Measure all that is not known yet, in interleaved lots, and keep each lot as it comes.

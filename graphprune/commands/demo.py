@@ -23,7 +23,7 @@ class Demo(Verb):
     stopped: ClassVar[str] = "stopped; every finished trial is kept: give the same command again to go on from there"
 
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")] = Path("demo")
-    trials: Annotated[int, typer.Option(metavar="N", help="Plans that each agent may evaluate.", min=1)] = 16
+    trials: Annotated[int, typer.Option(metavar="N", help="Plans that each agent may evaluate.", min=1)] = 12
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of everything that is random.")] = 0
 
     def run(self) -> Answer:

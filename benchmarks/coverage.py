@@ -1,0 +1,331 @@
+"""Which models go all the way from trace to a pruned model that ONNX Runtime runs with the right numbers.
+
+    python benchmarks/coverage.py [--sample N] [--models SPEC,...] [--jobs 2]
+
+One small representative of every timm module, common names, torchvision's classification families, segmentation
+networks and detection backbones; random weights. Each model has a process of its own, one thread and 120 seconds.
+Resumable: what is known of a model is kept in `--work`, and only models that are not done are run (`--again` those that
+failed as well). Writes `results/coverage.json`. `--choose` writes the list of timm representatives anew.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+REPRESENTATIVES = RESULTS / "coverage_models.json"
+LARGEST = 60e6
+KEEP, ALIGN = 0.5, 8
+ROUNDS = 12
+STAGES = ("trace", "plan", "apply", "equivalence", "train", "save", "export", "speed")
+COMMON = """
+    resnet18 resnet50 vgg11_bn mobilenetv2_100 mobilenetv3_small_100 efficientnet_b0 vit_tiny_patch16_224
+    deit_tiny_patch16_224 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 convnext_atto densenet121 regnetx_002
+    mobilevit_xxs levit_128s mixer_s16_224 poolformer_s12 xcit_nano_12_p16_224 cait_xxs24_224 repvgg_a0 inception_v3
+    ghostnet_100 fastvit_t8 tiny_vit_5m_224 eva02_tiny_patch14_224 maxvit_rmlp_pico_rw_256 coatnet_nano_rw_224
+    hrnet_w18_small dla34
+""".split()  # noqa: SIM905
+TORCHVISION = """
+    alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
+    mobilenet_v2 mobilenet_v3_small regnet_y_400mf resnet18 resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_1 swin_t
+    swin_v2_t vgg11_bn vit_b_16 wide_resnet50_2
+""".split()  # noqa: SIM905
+FUNCTIONS = (
+    "torchvision.models.segmentation:fcn_resnet50?weights_backbone=none",
+    "torchvision.models.segmentation:deeplabv3_mobilenet_v3_large?weights_backbone=none",
+    "torchvision.models.segmentation:lraspp_mobilenet_v3_large?weights_backbone=none",
+    "torchvision.models.detection.backbone_utils:resnet_fpn_backbone?backbone_name=resnet18&weights=none",
+    "torchvision.models.detection.backbone_utils:mobilenet_backbone?backbone_name=mobilenet_v3_large&fpn=true&weights=none",
+)
+
+
+# --- which models ---------------------------------------------------------------------------------------------------
+
+
+def all_specs() -> list[str]:
+    """Every model of the table."""
+    families = json.loads(REPRESENTATIVES.read_text())["models"].values()
+    timm = [f"timm:{name}" for name in dict.fromkeys([*families, *COMMON])]
+    return [*timm, *(f"torchvision:{name}" for name in TORCHVISION), *FUNCTIONS]
+
+
+def choose_representatives() -> None:
+    """The smallest model of each timm module, counted on the meta device."""
+    import timm
+    import torch
+
+    sizes: dict[str, dict[str, int]] = {}
+    for module in timm.list_modules():
+        sizes[module] = {}
+        for name in timm.list_models(module=module):
+            try:
+                with torch.device("meta"):
+                    model = timm.create_model(name)
+                sizes[module][name] = sum(parameter.numel() for parameter in model.parameters())
+            except Exception as error:  # some cannot be built on that device; another of the module stands for it
+                print(f"{name}: {type(error).__name__}: {error}")
+        print(module, len(sizes[module]), flush=True)
+    smallest = {module: min(known, key=lambda name: known[name]) for module, known in sizes.items() if known}
+    too_large = {module: name for module, name in smallest.items() if sizes[module][name] > LARGEST}
+    chosen = {module: name for module, name in smallest.items() if module not in too_large}
+    body = {"timm": timm.__version__, "models": chosen, "without one below 60 M parameters": too_large}
+    REPRESENTATIVES.write_text(json.dumps(body, indent=1) + "\n")
+
+
+# --- one model, in a process of its own -----------------------------------------------------------------------------
+
+
+class Log:
+    """What is known of one model, on disk after every stage, so that a model that hangs still tells how far it came."""
+
+    def __init__(self, spec: str, file: Path) -> None:
+        self.file = file
+        self.facts: dict[str, Any] = {"model": spec, "stage": "build", "seconds": {}}
+
+    def note(self, **facts: Any) -> None:
+        """Add facts."""
+        self.facts |= facts
+        self.file.write_text(json.dumps(self.facts))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        self.note(stage=name)
+        start = time.perf_counter()
+        yield
+        self.facts["seconds"][name] = round(time.perf_counter() - start, 3)
+
+
+def examine(spec: str, log: Log) -> None:
+    """Take a model through all stages; raises what fails."""
+    import numpy as np
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    import graphprune as gp
+    from graphprune import models
+    from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+    from graphprune.errors import InputError
+    from graphprune.export import onnx_bytes
+    from graphprune.surgery import operate
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = models.create(spec).eval()
+    try:
+        size = models.default_input_size(spec, model)
+    except InputError:
+        size = (3, 224, 224)
+    example = torch.randn(2, *size)
+    with log.stage("trace"):
+        graph = gp.trace(model, example)
+    log.note(size=size, params=sum(value.numel() for value in model.parameters()), **graph_facts(graph))
+    with log.stage("plan"):
+        plan = gp.uniform_plan(graph, KEEP, align=ALIGN)
+    log.note(choices=len(plan.choices))
+    if not plan.choices:
+        raise RuntimeError("nothing can be cut")
+    with log.stage("apply"):
+        operation = operate(model, graph, plan)
+    pruned = operation.model
+    log.note(own_class=operation.own_class, kept_params=sum(value.numel() for value in pruned.parameters()))
+    with log.stage("equivalence"):
+        log.note(difference=difference_to_masked(model, example))
+    if not log.facts["difference"] <= 1e-8:
+        raise RuntimeError(f"the pruned model is not the masked one: relative difference {log.facts['difference']:.2g}")
+    with log.stage("train"):
+        check_training(pruned, torch.cat([example, example])[:3])
+    folder = log.file.with_suffix("")
+    with log.stage("save"):
+        check_saved(spec, model, graph, plan, pruned, folder, example)
+    with log.stage("export"):
+        file = gp.export_onnx(pruned.eval(), folder / "pruned.onnx", example)
+    with log.stage("speed"):
+        dense, cut = OnnxRuntimeEngine().measure([onnx_bytes(model, example), file.read_bytes()], ROUNDS)
+        log.note(samples={"dense": dense.samples, "pruned": cut.samples})
+        log.note(speedup=float(np.median(dense.samples) / np.median(cut.samples)))
+
+
+def graph_facts(graph: Any) -> dict[str, Any]:
+    """Groups, and the shares of the layers' FLOPs and parameters that a cut of some group would change."""
+    free = {group.atom for group in graph.all_groups if not group.frozen}
+    layers = [(layer, bool((layer.inputs.atoms() | layer.outputs.atoms()) & free)) for layer in graph.layers]
+    frozen = Counter(reason for group in graph.all_groups for reason in group.frozen)
+    return {
+        "groups": len(graph.all_groups),
+        "free_groups": len(free),
+        "sites": dict(Counter(site.kind for site in graph.all_sites)),
+        "cuttable_flops": sum(layer.operator.flops for layer, cut in layers if cut) / max(graph.flops, 1),
+        "cuttable_params": sum(layer.operator.parameters for layer, cut in layers if cut)
+        / max(graph.parameter_count, 1),
+        "frozen": dict(frozen.most_common(12)),
+    }
+
+
+def difference_to_masked(model: Any, example: Any) -> float:
+    """The pruned model against the dense one with everything zero that the plan cuts, in float64, weights random."""
+    import copy
+
+    import torch
+
+    import graphprune as gp
+    from graphprune.surgery import operate
+    from tests.graphprune.oracle import masked_outputs, outputs_of, relative_error, scramble
+
+    double = scramble(copy.deepcopy(model), dtype=torch.float64)
+    graph = gp.trace(double, example.double())
+    plan = gp.uniform_plan(graph, KEEP, align=ALIGN)
+    pruned = operate(double, graph, plan).model
+    expected = masked_outputs(graph, plan, double, [example.double()])
+    floats = [x.is_floating_point() for x in expected]
+    got = outputs_of(pruned, [example.double()])
+    return relative_error(*([x for x, real in zip(xs, floats, strict=True) if real] for xs in (got, expected)))
+
+
+def check_training(pruned: Any, example: Any) -> None:
+    """A forward and a backward pass in train mode, at another batch size than the one that was traced."""
+    import torch
+
+    pruned.train().requires_grad_(True)
+    outputs = torch.utils._pytree.tree_leaves(pruned(example))
+    sum(x.float().square().mean() for x in outputs if isinstance(x, torch.Tensor) and x.requires_grad).backward()
+    gradients = [parameter.grad for parameter in pruned.parameters() if parameter.grad is not None]
+    if not gradients or not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        raise RuntimeError(f"{len(gradients)} gradients, not all finite")
+    pruned.zero_grad(set_to_none=True)
+
+
+def check_saved(spec: str, model: Any, graph: Any, plan: Any, pruned: Any, folder: Path, example: Any) -> None:
+    """What is loaded from a saved folder has the same tensors, bit for bit, and computes the same."""
+    import torch
+
+    import graphprune as gp
+    from graphprune.record import Record
+    from graphprune.result import Result
+    from tests.graphprune.oracle import outputs_of
+
+    facts = Record(plan), Record(gp.Plan(graph.signature, (), graph.inputs))
+    own = spec.startswith(("timm:", "torchvision:"))
+    result = Result(pruned, model, graph, plan, *facts, gp.Target(latency=0.5), spec=spec if own else "")
+    loaded = gp.load(gp.save(result, folder), None if own else model)
+    before, after = pruned.state_dict(), loaded.state_dict()
+    if list(before) != list(after) or not all(torch.equal(value, after[name]) for name, value in before.items()):
+        raise RuntimeError("the loaded tensors are not the saved ones")
+    pairs = zip(outputs_of(pruned, [example]), outputs_of(loaded, [example]), strict=True)
+    if not all(torch.equal(a, b) for a, b in pairs):
+        raise RuntimeError("the loaded model computes something else")
+
+
+def one(spec: str, file: Path) -> None:
+    """Examine a model and note how it ended."""
+    log = Log(spec, file)
+    log.note()
+    try:
+        examine(spec, log)
+        log.note(stage="done")
+    except Exception as error:  # whatever it is, it belongs in the table
+        log.note(error=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+def run(spec: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The facts of one model: those that are known, or those of a new process."""
+    file = options.work / (spec.replace(":", "-").replace("?", "-").replace("&", "-") + ".json")
+    if file.exists():
+        known: dict[str, Any] = json.loads(file.read_text())
+        if known["stage"] == "done" or ("error" in known and not options.again):
+            return known
+    command = [sys.executable, __file__, "--one", spec, "--file", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, timeout=options.limit, capture_output=True, text=True, check=False, env=environment
+        )
+        facts: dict[str, Any] = json.loads(file.read_text())
+        if facts["stage"] != "done" and "error" not in facts:
+            facts["error"] = f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
+    except subprocess.TimeoutExpired:
+        facts = json.loads(file.read_text()) if file.exists() else {"model": spec, "stage": "build", "seconds": {}}
+        facts["error"] = f"not done in {options.limit} s"
+    file.write_text(json.dumps(facts))
+    print(line(facts), flush=True)
+    return facts
+
+
+def line(facts: dict[str, Any]) -> str:
+    """One model in one line."""
+    seconds = sum(facts["seconds"].values())
+    end = facts.get("error", "")
+    share = f"{facts['cuttable_flops']:4.0%}" if "cuttable_flops" in facts else "    "
+    kept = {True: "own class", False: "exported ", None: "         "}[facts.get("own_class")]
+    faster = f"{facts['speedup']:5.2f}x" if "speedup" in facts else "      "
+    return f"{facts['model']:45} {facts['stage']:12} {share} {kept} {faster} {seconds:5.0f} s {end}"
+
+
+def summary(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures that the table is judged by."""
+    done = [facts for facts in table if facts["stage"] == "done"]
+    applied = [facts["own_class"] for facts in table if "own_class" in facts]
+    shares = [facts["cuttable_flops"] for facts in table if "cuttable_flops" in facts]
+    return {
+        "models": len(table),
+        "through every stage": len(done),
+        "failed at": dict(Counter(facts["stage"] for facts in table if facts["stage"] != "done")),
+        "own class kept": sum(applied) / max(len(applied), 1),
+        "median share of FLOPs in cuttable groups": median(shares or [0]),
+        "models with less than half of their FLOPs in cuttable groups": sum(share < 0.5 for share in shares),
+        "median speed-up": median([facts["speedup"] for facts in done] or [0]),
+        "median seconds of trace": median([facts["seconds"]["trace"] for facts in done] or [0]),
+    }
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="", help="specs, separated by commas; all of the table by default")
+    parser.add_argument("--sample", type=int, default=0, help="that many of them, drawn with seed 0")
+    parser.add_argument("--limit", type=float, default=120, help="seconds per model")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time; 1 where speed-ups are to be right")
+    parser.add_argument("--again", action="store_true", help="also run models again that failed")
+    parser.add_argument("--work", type=Path, default=Path("coverage_work"))
+    parser.add_argument("--choose", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.choose:
+        return choose_representatives()
+    if options.one:
+        return one(options.one, options.file)
+    options.work.mkdir(parents=True, exist_ok=True)
+    specs = options.models.split(",") if options.models else all_specs()
+    if options.sample:
+        specs = random.Random(0).sample(specs, min(options.sample, len(specs)))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        table = list(pool.map(lambda spec: run(spec, options), specs))
+    for name, value in summary(table).items():
+        print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
+    if not options.models and not options.sample:
+        sys.path.insert(0, str(ROOT))
+        from graphprune.machine import environment
+
+        body = {"summary": summary(table), "models": table, "keep": KEEP, "align": ALIGN, "environment": environment()}
+        (RESULTS / "coverage.json").write_text(json.dumps(body, indent=1) + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()
