@@ -12,7 +12,6 @@ missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), 
   and once from plans drawn at random, because a policy that has made up its mind finds no other way.
 """
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from graphprune.agents.episodes import Episodes
 from graphprune.environment import Observer, reward
 from graphprune.errors import InputError
 from graphprune.problem import Choices, Problem
+from graphprune.randomness import seeded
 
 EPISODES = 64
 """Episodes per PPO update."""
@@ -59,20 +59,13 @@ def reproducible(rng: np.random.Generator) -> Iterator[None]:
     SB3 and torch draw from the global generators. Several threads would add up gradients in the order in which they
     come, and a search that rounds differently soon takes another way; networks this small are no slower on one.
     """
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (SB3 shuffles with the global generator)
     threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        seed = int(rng.integers(2**31))
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        torch.manual_seed(seed)
+    with seeded(int(rng.integers(2**31))):
         torch.set_num_threads(1)
         try:
             yield
         finally:
             torch.set_num_threads(threads)
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
 
 
 def only_plan(problem: Problem) -> Choices | None:

@@ -29,7 +29,6 @@ REPRESENTATIVES = RESULTS / "coverage_models.json"
 LARGEST = 60e6
 KEEP, ALIGN = 0.5, 8
 ROUNDS = 12
-STAGES = ("trace", "plan", "apply", "equivalence", "train", "save", "export", "speed")
 COMMON = """
     resnet18 resnet50 vgg11_bn mobilenetv2_100 mobilenetv3_small_100 efficientnet_b0 vit_tiny_patch16_224
     deit_tiny_patch16_224 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 convnext_atto densenet121 regnetx_002
@@ -64,24 +63,31 @@ def all_specs() -> list[str]:
 def choose_representatives() -> None:
     """The smallest model of each timm module, counted on the meta device."""
     import timm
-    import torch
 
     sizes: dict[str, dict[str, int]] = {}
     for module in timm.list_modules():
-        sizes[module] = {}
-        for name in timm.list_models(module=module):
-            try:
-                with torch.device("meta"):
-                    model = timm.create_model(name)
-                sizes[module][name] = sum(parameter.numel() for parameter in model.parameters())
-            except Exception as error:  # some cannot be built on that device; another of the module stands for it
-                print(f"{name}: {type(error).__name__}: {error}")
+        counts = {name: parameter_count(name) for name in timm.list_models(module=module)}
+        sizes[module] = {name: count for name, count in counts.items() if count is not None}
         print(module, len(sizes[module]), flush=True)
     smallest = {module: min(known, key=lambda name: known[name]) for module, known in sizes.items() if known}
     too_large = {module: name for module, name in smallest.items() if sizes[module][name] > LARGEST}
     chosen = {module: name for module, name in smallest.items() if module not in too_large}
     body = {"timm": timm.__version__, "models": chosen, "without one below 60 M parameters": too_large}
     REPRESENTATIVES.write_text(json.dumps(body, indent=1) + "\n")
+
+
+def parameter_count(name: str) -> int | None:
+    """Parameters of a timm model; None where it cannot be built on the meta device, so that another stands for it."""
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+    except Exception as error:  # a model's constructor may raise anything
+        print(f"{name}: {type(error).__name__}: {error}")
+        return None
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 # --- one model, in a process of its own -----------------------------------------------------------------------------
@@ -319,7 +325,6 @@ def main() -> None:
     for name, value in summary(table).items():
         print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
     if not options.models and not options.sample:
-        sys.path.insert(0, str(ROOT))
         from graphprune.machine import environment
 
         body = {"summary": summary(table), "models": table, "keep": KEEP, "align": ALIGN, "environment": environment()}
