@@ -94,7 +94,7 @@ class Tables:
         problem = judged_by_tables(candidates, 1.0)
         bench = Workbench(dense.module, dense.graph, make_reference(dense.graph, dense.task.calibration), dense.task)
         bench.probe(candidates.cuts(problem.completions[0]))
-        if not bench.own_class:
+        if not bench.route.own_class:
             raise StepError("batch norms can be re-estimated in the module's own class only")
         return cls(dense, candidates, bench, Solver(problem))
 

@@ -146,7 +146,8 @@ def examine(spec: str, log: Log) -> None:
     with log.stage("apply"):
         operation = operate(model, graph, plan)
     pruned = operation.model
-    log.note(own_class=operation.own_class, kept_params=sum(value.numel() for value in pruned.parameters()))
+    log.note(own_class=operation.own_class, parts=len(operation.route.parts))
+    log.note(kept_params=sum(value.numel() for value in pruned.parameters()))
     with log.stage("equivalence"):
         log.note(difference=difference_to_masked(model, example))
     if not log.facts["difference"] <= 1e-8:
@@ -277,9 +278,10 @@ def line(facts: dict[str, Any]) -> str:
     seconds = sum(facts["seconds"].values())
     end = facts.get("error", "")
     share = f"{facts['cuttable_flops']:4.0%}" if "cuttable_flops" in facts else "    "
-    kept = {True: "own class", False: "exported ", None: "         "}[facts.get("own_class")]
+    kept = {True: "own class", False: "exported", None: ""}[facts.get("own_class")]
+    kept += f", {facts['parts']} graphs" if facts.get("parts") else ""
     faster = f"{facts['speedup']:5.2f}x" if "speedup" in facts else "      "
-    return f"{facts['model']:45} {facts['stage']:12} {share} {kept} {faster} {seconds:5.0f} s {end}"
+    return f"{facts['model']:45} {facts['stage']:12} {share} {kept:20} {faster} {seconds:5.0f} s {end}"
 
 
 def summary(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -292,6 +294,7 @@ def summary(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "through every stage": len(done),
         "failed at": dict(Counter(facts["stage"] for facts in table if facts["stage"] != "done")),
         "own class kept": sum(applied) / max(len(applied), 1),
+        "of these, with some modules as graphs": sum(facts.get("parts", 0) > 0 for facts in table),
         "median share of FLOPs in cuttable groups": median(shares or [0]),
         "models with less than half of their FLOPs in cuttable groups": sum(share < 0.5 for share in shares),
         "median speed-up": median([facts["speedup"] for facts in done] or [0]),

@@ -1,6 +1,7 @@
 """Saving a result and loading its model: JSON and safetensors in one folder. Nothing is unpickled or imported."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -55,6 +56,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         dense = _dense(body["spec"], model, saved)
         pruned = surgery.apply(dense, plan)
+        _make_buffers(pruned, plan, saved)
     tensors.fill(pruned, saved)
     return pruned.eval()
 
@@ -106,6 +108,13 @@ def _dense(spec: str, model: nn.Module | None, saved: dict[str, Tensor]) -> nn.M
     copied = surgery.varied(model).cpu()
     tensors.convert_types(copied, saved)
     return copied
+
+
+def _make_buffers(pruned: nn.Module, plan: Plan, saved: Mapping[str, Tensor]) -> None:
+    """Call the model once where it makes a buffer only then (tables of positions)."""
+    if any(name in saved and buffer.shape != saved[name].shape for name, buffer in pruned.named_buffers()):
+        with torch.no_grad():
+            pruned.eval()(*surgery.example_inputs(plan.inputs))
 
 
 def _bytes(folder: str | Path, name: str) -> bytes:

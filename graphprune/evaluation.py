@@ -12,16 +12,16 @@ from graphprune.cuts import Cuts
 from graphprune.engines.base import Engine
 from graphprune.errors import StepError
 from graphprune.export import onnx_bytes
-from graphprune.exported import cut_program
-from graphprune.graph import ModelGraph
+from graphprune.graph import Branch, ModelGraph
 from graphprune.machine import environment
 from graphprune.measure import measure
+from graphprune.parts import holds_node
 from graphprune.plan import Plan
 from graphprune.problem import Choices, Sum
 from graphprune.record import Record, Share
 from graphprune.repair import Reference, repair
 from graphprune.study import Study
-from graphprune.surgery import cut_module, perform
+from graphprune.surgery import Route, cut_along, perform
 from graphprune.task import Task
 
 TRIAL_ROUNDS = 20
@@ -36,24 +36,26 @@ class Workbench:
     graph: ModelGraph
     reference: Reference
     task: Task
-    own_class: bool = True
-    attributes: tuple[tuple[str, str], ...] = ()
+    route: Route = field(default_factory=Route)
 
     def probe(self, cuts: Cuts) -> None:
         """Find how this model is cut, by a cut that touches everything that candidates may touch.
 
         Branches are dropped apart from the other cuts, since those inside them would not show.
         """
-        outcome = perform(self.model, self.graph, replace(cuts, dropped=()))
-        self.own_class, self.attributes = outcome.own_class, outcome.attributes
-        if cuts.dropped and self.own_class:
-            self.own_class = perform(self.model, self.graph, Cuts(dropped=cuts.dropped)).own_class
+        self.route = perform(self.model, self.graph, replace(cuts, dropped=())).route
+        if cuts.dropped and not self._may_drop(cuts.dropped):
+            self.route = Route(own_class=False)
+
+    def _may_drop(self, branches: tuple[Branch, ...]) -> bool:
+        """Whether these branches can go along the route: none of them ends within a module that becomes a graph."""
+        sums = [branch.node for branch in branches]
+        whole = not any(holds_node(self.graph, part.path, sums) for part in self.route.parts)
+        return whole and perform(self.model, self.graph, Cuts(dropped=branches)).own_class
 
     def cut(self, cuts: Cuts) -> nn.Module:
         """A cut copy with the sliced weights."""
-        if self.own_class:
-            return cut_module(self.model, self.graph, cuts, self.attributes)
-        return cut_program(self.graph, cuts, self.model)
+        return cut_along(self.model, self.graph, cuts, self.route)
 
     def build(self, cuts: Cuts) -> nn.Module:
         """A cut, repaired copy in evaluation mode."""

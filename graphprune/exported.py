@@ -1,7 +1,7 @@
 """Cutting the exported graph: its parameters are sliced and its literals rewritten by the rule table."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from graphprune.axes import Form
 from graphprune.branches import gone_parameters, outermost
 from graphprune.cuts import Cuts
 from graphprune.graph import Branch, ModelGraph
+from graphprune.parts import Part
 from graphprune.rules import RULES
 from graphprune.tracing import operator_name, owner_path, state_of
 from graphprune.window import block_diagonal, mixed, padded_conv2d, window_padding
@@ -49,19 +50,10 @@ def _dense_size(form: Form) -> int:
     return form.size
 
 
-def cut_program(graph: ModelGraph, cuts: Cuts, model: nn.Module) -> nn.Module:
+def cut_program(graph: ModelGraph, cuts: Cuts, model: nn.Module) -> fx.GraphModule:
     """The exported graph with the cuts made, as a module with the weights of `model`."""
     module = plain_module(graph.exported)
-    nodes = {node.name: node for node in module.graph.nodes}
-    for node, name, _, after in _changes(graph, cuts):
-        _rewrite(nodes[node.name], name, after)
-    for name, window in cuts.windows.items():
-        _shrink_kernel(nodes[name], graph.calls[name], window)
-    _load_cut(module, graph, cuts, model)
-    for name in cuts.mixes:
-        _mix_kernels(module, nodes[name], graph, cuts)
-    for name in cuts.groups:
-        _rewrite(nodes[name], "groups", cuts.group_count(graph.layer[name]))
+    _cut_nodes(module, {node.name: node for node in module.graph.nodes}, graph, cuts, model)
     _drop(module, cuts.dropped)
     module.graph.lint()
     module.recompile()
@@ -69,6 +61,38 @@ def cut_program(graph: ModelGraph, cuts: Cuts, model: nn.Module) -> nn.Module:
         path, _, leaf = name.rpartition(".")
         delattr(module.get_submodule(path), leaf)
     return module.eval()
+
+
+def cut_part(part: Part, graph: ModelGraph, cuts: Cuts, model: nn.Module) -> fx.GraphModule:
+    """The exported graph of a part with the cuts made, with the weights that it has in `model`."""
+    module = plain_module(part.program)
+    own = {node.name: node for node in module.graph.nodes}
+    _cut_nodes(module, {name: own[there] for name, there in part.nodes.items()}, graph, cuts, model, f"{part.path}.")
+    module.graph.lint()
+    module.recompile()
+    return module.eval()
+
+
+def _cut_nodes(
+    module: fx.GraphModule,
+    nodes: Mapping[str, fx.Node],
+    graph: ModelGraph,
+    cuts: Cuts,
+    model: nn.Module,
+    prefix: str = "",
+) -> None:
+    """Make the cuts at some nodes, given by their name in the whole graph, and in tensors of the prefix."""
+    for node, name, _, after in _changes(graph, cuts):
+        if node.name in nodes:
+            _rewrite(nodes[node.name], name, after)
+    for name in cuts.windows.keys() & nodes.keys():
+        _shrink_kernel(nodes[name], graph.calls[name], cuts.windows[name])
+    _load_cut(module, graph, cuts, model, prefix)
+    for name in cuts.mixes.keys() & nodes.keys():
+        path = graph.layer[name].weight.rpartition(".")[0].removeprefix(prefix)
+        _mix_kernels(module, nodes[name], graph, cuts, name, path)
+    for name in cuts.groups.keys() & nodes.keys():
+        _rewrite(nodes[name], "groups", cuts.group_count(graph.layer[name]))
 
 
 def _drop(module: fx.GraphModule, branches: Sequence[Branch]) -> None:
@@ -93,7 +117,19 @@ def plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     unlifted.graph._codegen = copy.copy(unlifted.graph._codegen)
     plain = fx.GraphModule(unlifted, unlifted.graph)
     plain.meta.clear()
+    _forget_caches(plain)
     return plain
+
+
+def _forget_caches(module: fx.GraphModule) -> None:
+    """Erase writes to buffers that get another size by them: what the code keeps there for its next call."""
+    for node in reversed(list(module.graph.nodes)):
+        if node.op != "call_function" or operator_name(node) != "copy_" or node.users:
+            continue
+        buffer, value = node.args[:2]
+        if buffer.op == "get_attr" and buffer.meta["val"].shape != value.meta["val"].shape:  # type: ignore[union-attr]
+            module.graph.erase_node(node)
+            module.recompile()
 
 
 def _rewrite(node: fx.Node, name: str, after: Any) -> None:
@@ -123,10 +159,9 @@ def _shrink_kernel(node: fx.Node, call: Any, window: Any) -> None:
     node.args, node.kwargs = (*arguments, pair[0], ends, pair[2], groups), {}
 
 
-def _mix_kernels(module: fx.GraphModule, node: fx.Node, graph: ModelGraph, cuts: Cuts) -> None:
+def _mix_kernels(module: fx.GraphModule, node: fx.Node, graph: ModelGraph, cuts: Cuts, name: str, path: str) -> None:
     """Put a module with a convolution for each window in the place of one call, under the path of its parameters."""
-    layer, call = graph.layer[node.name], graph.calls[node.name]
-    path = layer.weight.rpartition(".")[0]
+    layer, call = graph.layer[name], graph.calls[name]
     held = module.get_submodule(path)
     weight: torch.Tensor = held.weight  # type: ignore[assignment]
     outputs, inputs, *kernel = weight.shape
@@ -137,10 +172,10 @@ def _mix_kernels(module: fx.GraphModule, node: fx.Node, graph: ModelGraph, cuts:
     with module.graph.inserting_before(node):
         replacement = module.graph.call_module(path, (source,))
     node.replace_all_uses_with(replacement)
-    name = node.name
+    own_name = node.name
     for unused in (node, *attributes):
         module.graph.erase_node(unused)
-    replacement.name = name
+    replacement.name = own_name
     module.set_submodule(path, mixed(conv, cuts.runs(layer)))
 
 
@@ -149,14 +184,16 @@ def _pair(value: Any) -> tuple[int, int]:
     return (values[0], values[-1])
 
 
-def _load_cut(module: nn.Module, graph: ModelGraph, cuts: Cuts, model: nn.Module) -> None:
+def _load_cut(module: nn.Module, graph: ModelGraph, cuts: Cuts, model: nn.Module, prefix: str) -> None:
     windows = {graph.layer[node].weight: window for node, window in cuts.windows.items()}
     groups = {graph.layer[node].weight: cuts.group_count(graph.layer[node]) for node in cuts.groups}
     state = state_of(model)
     tied: dict[int, torch.Tensor] = {}
     for parameter in graph.parameters:
+        if not parameter.name.startswith(prefix):
+            continue
         value = state[parameter.name]
-        path, _, name = parameter.name.rpartition(".")
+        path, _, name = parameter.name.removeprefix(prefix).rpartition(".")
         if id(value) in tied:
             setattr(module.get_submodule(path), name, tied[id(value)])
             continue

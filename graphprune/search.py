@@ -312,8 +312,11 @@ class _Session:
             notes.append(f"the target was missed: {worst} is {self._excess(record)[worst]:.3f} above its limit")
         if record.measured is not None and record.measured.high >= 1:
             notes.append("the pruned model is not measurably faster than the dense one")
-        if not self.bench.own_class:
+        if not self.bench.route.own_class:
             notes.append("sizes are written in the module's code: the result is the exported graph, not your class")
+        if self.bench.route.parts:
+            paths = [part.path for part in self.bench.route.parts]
+            notes.append(f"sizes are written in their code, so these modules are exported graphs: {', '.join(paths)}")
         return notes
 
 

@@ -1,8 +1,9 @@
 """Surgery: cutting a copy of the user's own module, checked against the cut exported graph.
 
 Parameters are sliced by name, size attributes follow, and integer attributes that hold a size which the forward
-code uses (`num_heads`) are found through the literals of the exported graph. Where module code holds a literal that
-no attribute reaches, the exported graph itself, with its literals rewritten, is the result.
+code uses (`num_heads`) are found through the literals of the exported graph. A module whose code holds a literal that
+no attribute reaches is replaced by its own exported graph with its literals rewritten; where that is not enough, the
+exported graph of the whole model is the result.
 """
 
 import itertools
@@ -14,12 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from graphprune import literals
 from graphprune.branches import gone_parameters, outermost
 from graphprune.cuts import Cuts, resolve
 from graphprune.errors import StepError
-from graphprune.exported import cut_program, literal_changes
+from graphprune.exported import cut_part, cut_program, literal_changes
 from graphprune.graph import ModelGraph
+from graphprune.parts import Part, export_parts, holds_node
 from graphprune.plan import Plan
+from graphprune.switches import with_switches
 from graphprune.tracing import copied, first_line, state_of, trace
 from graphprune.window import divide, mixed, windowed
 from graphprune.zeros import Zero
@@ -31,13 +35,27 @@ _TRACED: "weakref.WeakKeyDictionary[nn.Module, ModelGraph]" = weakref.WeakKeyDic
 
 
 @dataclass(frozen=True)
+class Route:
+    """How a model is cut: as its own class, with (class, attribute) pairs that follow the cut and modules that become
+    graphs; or as a graph on the whole.
+    """
+
+    own_class: bool = True
+    attributes: tuple[tuple[str, str], ...] = ()
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
 class Operation:
-    """The outcome of surgery: the pruned module, and whether it is of the user's own class."""
+    """The outcome of surgery: the pruned module, and the route that led there."""
 
     model: nn.Module
-    own_class: bool
-    attributes: tuple[tuple[str, str], ...] = ()
-    """Which (class, attribute) pairs had to follow a cut."""
+    route: Route
+
+    @property
+    def own_class(self) -> bool:
+        """Whether the module is of the user's own class."""
+        return self.route.own_class
 
 
 def remember(model: nn.Module, graph: ModelGraph) -> ModelGraph:
@@ -91,10 +109,18 @@ def perform(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Operation:
         expected = _outputs(reference, inputs)
     except Exception as error:
         raise StepError(f"the network does not run after this cut: {first_line(error)}") from error
-    for attributes in attribute_choices(model, graph, cuts):
-        if _agree(cut_module(subject, graph, cuts, attributes), expected, inputs):
-            return Operation(cut_module(model, graph, cuts, attributes), True, attributes)
-    return Operation(cut_program(graph, cuts, model).train(model.training), False)
+    for route in own_routes(model, graph, cuts):
+        if _agree(cut_module(subject, graph, cuts, route), expected, inputs):
+            return Operation(cut_module(model, graph, cuts, route), route)
+    route = Route(own_class=False)
+    return Operation(cut_along(model, graph, cuts, route), route)
+
+
+def cut_along(model: nn.Module, graph: ModelGraph, cuts: Cuts, route: Route) -> nn.Module:
+    """Cut a copy along a route that is known, unchecked."""
+    if route.own_class:
+        return cut_module(model, graph, cuts, route)
+    return with_switches(cut_program(graph, cuts, model)).train(model.training)
 
 
 def varied(model: nn.Module) -> nn.Module:
@@ -124,10 +150,8 @@ def inputs_like(model: nn.Module, graph: ModelGraph) -> tuple[torch.Tensor, ...]
     return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
 
 
-def cut_module(
-    model: nn.Module, graph: ModelGraph, cuts: Cuts, attributes: Sequence[tuple[str, str]] = ()
-) -> nn.Module:
-    """Cut a copy of the module itself. `attributes` are the (class, attribute) pairs that follow the literals."""
+def cut_module(model: nn.Module, graph: ModelGraph, cuts: Cuts, route: Route) -> nn.Module:
+    """Cut a copy of the module itself."""
     pruned = copied(model).train()  # modules that cache tensors of the old size in eval mode drop them
     for node, window in cuts.windows.items():
         path = graph.layer[node].module
@@ -140,7 +164,9 @@ def cut_module(
     for node in cuts.groups:
         layer = graph.layer[node]
         divide(pruned.get_submodule(layer.module), cuts.group_count(layer))  # type: ignore[arg-type]
-    _follow_literals(pruned, graph, cuts, frozenset(attributes))
+    _follow_literals(pruned, graph, cuts, frozenset(route.attributes))
+    for part in route.parts:
+        pruned.set_submodule(part.path, with_switches(cut_part(part, graph, cuts, model)))
     _drop_branches(pruned, graph, cuts)
     return _with_modes_of(model, pruned)
 
@@ -186,17 +212,17 @@ def _follow_sizes(module: nn.Module) -> None:
 
 def _follow_literals(pruned: nn.Module, graph: ModelGraph, cuts: Cuts, attributes: frozenset[tuple[str, str]]) -> None:
     originals: dict[str, dict[str, object]] = {}
-    for path, name, before, after in literal_changes(graph, cuts):
+    for change in literal_changes(graph, cuts):
+        path, name, _, after = change
         module = pruned.get_submodule(path)
         original = originals.setdefault(path, dict(vars(module)))
-        if (value := original.get(name)) in (before, _as_tuple(before)):
-            setattr(module, name, type(value)(after) if isinstance(after, list) else after)  # type: ignore[call-arg]
+        if literals.holds_by_name(original, change):
+            setattr(module, name, type(original[name])(after))  # type: ignore[call-arg]
             _follow_sizes(module)
             continue
-        for old, new in _integer_pairs(before, after):
-            for attribute, value in original.items():
-                if (type(module).__name__, attribute) in attributes and _holds(value, old):
-                    setattr(module, attribute, new)
+        for attribute, value in literals.holders(original, change):
+            if (type(module).__name__, attribute) in attributes:
+                setattr(module, attribute, value)
 
 
 def _drop_branches(pruned: nn.Module, graph: ModelGraph, cuts: Cuts) -> None:
@@ -213,31 +239,52 @@ def _drop_branches(pruned: nn.Module, graph: ModelGraph, cuts: Cuts) -> None:
                 store[attribute] = None
 
 
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _holds(value: object, size: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value == size
-
-
-def _integer_pairs(before: object, after: object) -> Iterator[tuple[int, int]]:
-    olds, news = (x if isinstance(x, (list, tuple)) else [x] for x in (before, after))
-    yield from {(a, b) for a, b in zip(olds, news, strict=False) if isinstance(a, int) and a != b}
+def own_routes(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Iterator[Route]:
+    """Routes that keep the model's class: by attributes alone, then with modules as graphs, few before many."""
+    choices = list(attribute_choices(model, graph, cuts))
+    for attributes in choices:
+        yield Route(attributes=attributes)
+    made: dict[str, Part] = {}
+    for paths in part_choices(model, graph, cuts):
+        with suppress(StepError):
+            missing = [path for path in paths if path not in made]
+            made |= {part.path: part for part in export_parts(model, graph, missing, inputs_like(model, graph))}
+            yield Route(attributes=choices[0], parts=tuple(made[path] for path in paths))
 
 
 def attribute_choices(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Iterator[tuple[tuple[str, str], ...]]:
     """Sets of (class, attribute) to try: all that hold a changed literal, then each smaller set, none last."""
     found: dict[tuple[str, str], None] = {}
-    for path, _, before, after in literal_changes(graph, cuts):
-        module = model.get_submodule(path)
-        for old, _ in _integer_pairs(before, after):
-            for attribute, value in vars(module).items():
-                if _holds(value, old):
-                    found[(type(module).__name__, attribute)] = None
+    for change in literal_changes(graph, cuts):
+        module = model.get_submodule(change[0])
+        if not literals.holds_by_name(vars(module), change):
+            found |= {(type(module).__name__, name): None for name, _ in literals.holders(vars(module), change)}
     sizes = range(len(found), -1, -1) if len(found) <= 6 else (len(found), 1, 0)
     for size in sizes:
         yield from itertools.combinations(found, size)
+
+
+def part_choices(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Iterator[tuple[str, ...]]:
+    """Modules that become graphs: those with a literal out of reach, those of one class, all with literals."""
+    owners: dict[str, bool] = {}
+    for change in literal_changes(graph, cuts):
+        attributes = vars(model.get_submodule(change[0]))
+        if not literals.holds_by_name(attributes, change):
+            owners[change[0]] = owners.get(change[0], True) and literals.reached(attributes, change)
+    classes = dict.fromkeys(type(model.get_submodule(path)) for path in owners)
+    choices = [
+        [path for path, known in owners.items() if not known],
+        *([path for path in owners if type(model.get_submodule(path)) is kind] for kind in classes),
+        list(owners),
+    ]
+    summed = [branch.node for branch in outermost(cuts.dropped)]
+    for paths in dict.fromkeys(tuple(_outermost_paths(choice)) for choice in choices):
+        if paths and "" not in paths and not (summed and any(holds_node(graph, path, summed) for path in paths)):
+            yield paths
+
+
+def _outermost_paths(paths: list[str]) -> list[str]:
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
 
 def _agree(pruned: nn.Module, expected: list[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> bool:

@@ -34,9 +34,9 @@ def trace(
     inputs = _as_tuple(example_inputs)
     _check_weights(model)
     pair = tuple(torch.cat([x, x])[:2].clone() if x.dim() else x for x in inputs)
-    _check_forward(_fresh_copy(model), pair)
+    _check_forward(fresh_copy(model), pair)
     with _limit(time_limit):
-        program = _export(_fresh_copy(model), pair)
+        program = export(fresh_copy(model), pair, {})
     return _Walk(program, model).graph()
 
 
@@ -49,7 +49,7 @@ def _as_tuple(example_inputs: Any) -> tuple[torch.Tensor, ...]:
     return inputs
 
 
-def _fresh_copy(model: nn.Module) -> nn.Module:
+def fresh_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode. Modules that cache tensors in eval mode (attention biases) drop them in `train()`."""
     return copied(model).train().eval()
 
@@ -76,16 +76,17 @@ def _check_forward(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         raise InputError(f"the model does not accept an input of shape {shapes}: {first_line(error)}") from None
 
 
-def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
+def export(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> torch.export.ExportedProgram:
+    """A call of a module as ATen operators, the first axis of each tensor of any size. Raises StepError."""
     shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for x in inputs:
-        if x.dim():
+    for x in torch.utils._pytree.tree_leaves((inputs, named)):
+        if isinstance(x, torch.Tensor) and x.dim():
             shapes[x] = {0: torch.export.Dim.AUTO}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # Caches that the forward code fills (attention biases): the copy that is exported is thrown away.
             warnings.filterwarnings("ignore", message="The tensor attribute", category=UserWarning)
-            return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(model, inputs, named, dynamic_shapes=shapes, strict=False)
     except TimeoutError:
         raise StepError("torch.export did not finish within the time limit") from None
     except Exception as error:

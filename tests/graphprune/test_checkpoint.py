@@ -63,6 +63,20 @@ class Gated(nn.Module):
         return (self.proj(y) + self.shift) * self.gain
 
 
+class Table(nn.Module):
+    """A buffer that is made when the model is first called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[1] != x.shape[1]:
+            self.table = torch.arange(x.shape[1])[None] / 10
+        return self.second(torch.relu(self.first(x + self.table)))
+
+
 def result_of(model: nn.Module, inputs: Tensor, choices: tuple[Choice, ...] = (), spec: str = "") -> Result:
     graph = trace(model, inputs)
     plan = Plan(graph.signature, choices, graph.inputs)
@@ -178,6 +192,16 @@ def test_shared_tensors_and_hidden_buffers(tmp_path: Path) -> None:
     assert loaded.offset is loaded.first.bias
     assert not loaded.frozen.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+
+
+def test_a_buffer_that_the_first_call_makes(tmp_path: Path) -> None:
+    x = torch.randn(2, 6)
+    result = result_of(Table(), x, (Choice("first/hidden", "hidden", "4/8", (0, 1, 5, 6)),))
+    result.model(x)
+    assert result.model.table.shape == (1, 6)
+    loaded = load(save(result, tmp_path), Table())
+    assert_same(result.model, loaded)
+    assert torch.equal(loaded(x), result.model(x))
 
 
 def test_sharing_that_the_file_does_not_have_is_refused(tmp_path: Path) -> None:

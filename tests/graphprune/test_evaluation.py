@@ -262,7 +262,7 @@ def test_where_the_class_cannot_be_cut_the_exported_graph_is_built() -> None:
     bench = Workbench(model, graph, make_reference(graph, [x]), task())
     cuts = Cuts(keep={site.atom: np.arange(site.size // 2)})
     bench.probe(cuts)
-    assert not bench.own_class
+    assert not bench.route.own_class
     built = bench.build(cuts)
     assert isinstance(built, torch.fx.GraphModule)
     assert built(x).shape == model(x).shape

@@ -159,6 +159,19 @@ def test_the_second_exporter_serves_where_the_first_fails(tmp_path: Path, monkey
         export_onnx(Windowed(), path, torch.randn(2, 3, 9, 8))
 
 
+def test_a_large_graph_is_simplified_without_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 9, 8)
+    kinds = []
+    for limit in (exporters.TIDY_NODES, 0):
+        monkeypatch.setattr(exporters, "TIDY_NODES", limit)
+        file = export_onnx(Windowed(), tmp_path / "model.onnx", x)
+        kinds.append(Counter(node.op_type for node in onnx.load(file).graph.node))
+    assert not kinds[0]["BatchNormalization"]
+    assert kinds[1]["BatchNormalization"] == 1
+    assert kinds[0]["Conv"] == kinds[1]["Conv"] == 2
+    assert not kinds[1]["Identity"]
+
+
 def test_a_file_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"older")

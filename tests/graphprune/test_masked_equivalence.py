@@ -43,7 +43,7 @@ def test_cutting_nothing_changes_nothing(name: str) -> None:
     for choices in (whole, ()):
         result = check_masked_equivalence(model, graph, Plan(graph.signature, choices, graph.inputs), inputs)
         assert result.own_class
-        assert result.attributes == ()
+        assert result.route.attributes == ()
         old, new = model.state_dict(), result.model.state_dict()
         assert list(old) == list(new)
         assert all(torch.equal(old[key], new[key]) for key in old if old[key].shape == new[key].shape)

@@ -187,12 +187,68 @@ def test_a_literal_in_the_code_falls_back_to_the_exported_graph() -> None:
         assert relative_error(outputs_of(result.model, x), masked_outputs(graph, plan, model, x)) < 1e-10
 
 
+class Gate(nn.Module):
+    """A size in the code, a batch norm, and an input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> torch.Tensor:
+        first, second = (self.conv(self.norm(x)) * scale).split(6, dim=1)
+        return first.sigmoid() * second
+
+
+class Gated(nn.Module):
+    """Modules with a size in their code, called once each, or one of them `times` times."""
+
+    def __init__(self, times: int = 1) -> None:
+        super().__init__()
+        self.stem, self.last, self.times = networks.conv_bn(3, 8), nn.Conv2d(6, 4, 1), times
+        self.gate, self.back, self.other = Gate(), nn.Conv2d(6, 8, 1), Gate()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for _ in range(self.times):
+            x = self.back(self.gate(x, scale=x.mean((1, 2, 3), keepdim=True)))
+        return self.last(self.other(x, scale=torch.ones((), dtype=x.dtype)))
+
+
+def test_modules_with_a_literal_become_graphs_and_the_rest_stays() -> None:
+    model = scramble(Gated())
+    inputs = [x.double() for x in networks.images()]
+    graph = trace(model, inputs)
+    plan = random_plan(graph, np.random.default_rng(3), groups=1.0, kernels=1.0)
+    result = check_masked_equivalence(model, graph, plan, inputs)
+    assert type(result.model) is Gated
+    assert type(result.model.stem) is nn.Sequential
+    assert [part.path for part in result.route.parts] == ["gate", "other"]
+    assert set(result.model.state_dict()) == set(model.state_dict())
+    for batch in (1, 3):
+        x = [torch.randn(batch, 3, 8, 8, dtype=torch.float64)]
+        assert relative_error(outputs_of(result.model, x), masked_outputs(graph, plan, model, x)) < 1e-10
+    before = result.model.gate.norm.running_mean.clone()
+    result.model.train()(inputs[0]).sum().backward()
+    assert not torch.equal(result.model.gate.norm.running_mean, before)
+    assert all(parameter.grad is not None for parameter in result.model.parameters())
+    again = copy.deepcopy(result.model).eval()
+    torch.testing.assert_close(again(inputs[0]), result.model.eval()(inputs[0]))
+
+
+def test_a_module_with_a_literal_that_is_called_twice_falls_back_on_the_whole() -> None:
+    model = scramble(Gated(times=2))
+    inputs = [x.double() for x in networks.images()]
+    graph = trace(model, inputs)
+    plan = random_plan(graph, np.random.default_rng(3), groups=1.0, kernels=1.0)
+    assert not check_masked_equivalence(model, graph, plan, inputs).own_class
+
+
 def test_zero_weights_do_not_hide_a_literal() -> None:
     """A network that is zero at first (zero-initialised last layer) must not pass for correctly cut."""
     model, graph, _, plan = traced("attention_explicit")
     nn.init.zeros_(model.proj.weight)
     nn.init.zeros_(model.proj.bias)
-    attributes = perform(model, graph, cuts_of(graph, plan)).attributes
+    attributes = perform(model, graph, cuts_of(graph, plan)).route.attributes
     assert {name for _, name in attributes} >= {"num_heads", "head_dim"}
 
 

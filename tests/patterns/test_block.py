@@ -287,8 +287,8 @@ def test_a_probe_finds_the_attributes_of_branches_that_may_go() -> None:
     cuts = resolve(graph, removing(graph, *branch_sites(graph), others=(heads,)))
     bench = Workbench(model, graph, make_reference(graph, inputs), tiny.task())
     bench.probe(cuts)
-    assert bench.own_class
-    assert "num_heads" in [attribute for _, attribute in bench.attributes]
+    assert bench.route.own_class
+    assert "num_heads" in [attribute for _, attribute in bench.route.attributes]
     assert type(bench.build(cuts)) is type(model)
 
 

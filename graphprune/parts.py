@@ -1,0 +1,77 @@
+"""Parts: modules of a network that are exported on their own, where their code holds a size that nothing reaches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphprune.errors import StepError
+from graphprune.graph import ModelGraph
+from graphprune.tracing import export, fresh_copy
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module and its exported graph; `nodes` gives for each of its nodes in the whole graph the one in its own."""
+
+    path: str
+    program: torch.export.ExportedProgram = field(compare=False, repr=False)
+    nodes: Mapping[str, str] = field(compare=False, repr=False)
+
+
+def export_parts(
+    model: nn.Module, graph: ModelGraph, paths: Sequence[str], inputs: Sequence[torch.Tensor]
+) -> list[Part]:
+    """Export the modules at some paths, each for the call that the model makes with these inputs.
+
+    Raises StepError for a module that is not called just once, that cannot be exported on its own, or does something
+    else on its own than in the model.
+    """
+    calls = _calls(fresh_copy(model), paths, inputs)
+    return [_export_part(model, graph, path, calls[path]) for path in paths]
+
+
+def holds_node(graph: ModelGraph, path: str, names: Sequence[str]) -> bool:
+    """Whether some of these nodes are calls made within the module at a path."""
+    return any(node.name in names and _inside(node, path) for node in graph.exported.graph.nodes)
+
+
+def _export_part(model: nn.Module, graph: ModelGraph, path: str, calls: list[tuple[Any, Any]]) -> Part:
+    if len(calls) != 1:
+        raise StepError(f"{path!r} is called {len(calls)} times")
+    program = export(fresh_copy(model.get_submodule(path)), *calls[0])
+    whole = [node for node in graph.exported.graph.nodes if _computes(node) and _inside(node, path)]
+    own = [node for node in program.graph.nodes if _computes(node)]
+    if [node.target for node in whole] != [node.target for node in own]:
+        raise StepError(f"{path!r} on its own is another graph than within the model")
+    return Part(path, program, {there.name: here.name for there, here in zip(whole, own, strict=True)})
+
+
+def _calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[torch.Tensor]) -> dict[str, list[tuple[Any, Any]]]:
+    """Positional and named arguments of each call of the modules at some paths."""
+    calls: dict[str, list[tuple[Any, Any]]] = {path: [] for path in paths}
+
+    def keep(path: str) -> Any:
+        def hook(_: nn.Module, given: Any, named: Any) -> None:
+            calls[path].append(torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (given, named)))
+
+        return hook
+
+    for path in paths:
+        model.get_submodule(path).register_forward_pre_hook(keep(path), with_kwargs=True)
+    with torch.no_grad():
+        model(*inputs)
+    return calls
+
+
+def _computes(node: fx.Node) -> bool:
+    """An operator on tensors: no arithmetic of sizes, no check, and no part of a tuple."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
+
+
+def _inside(node: fx.Node, path: str) -> bool:
+    stack = [entry[0] for entry in node.meta.get("nn_module_stack", {}).values() if isinstance(entry, tuple)]
+    return any(entry == path or entry.startswith(f"{path}.") for entry in stack)
