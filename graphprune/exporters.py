@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -132,7 +133,9 @@ def forget_source(model: ir.Model) -> None:
 def by_dynamo(request: Request) -> ir.Model:
     """torch.export, then torch's own ONNX translation and onnxscript's optimiser."""
     batch = torch.export.Dim("batch")
-    axes = tuple({0: batch} if batched else None for batched in request.batched)
+    axes: tuple[Any, ...] = tuple({0: batch} if batched else None for batched in request.batched)
+    if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(request.model.forward).parameters.values()):
+        axes = (axes,)
     program = torch.onnx.export(
         request.model,
         request.inputs,

@@ -1,4 +1,5 @@
-"""Models from specs: `timm:resnet18?num_classes=10`, `torchvision:resnet18`, `cifar:resnet20`, `module:function`."""
+"""Models from specs: `timm:resnet18?num_classes=10`, `torchvision:resnet18`, `cifar:resnet20`, `module:function`, or
+the path of an ONNX file."""
 
 import ast
 import difflib
@@ -28,7 +29,9 @@ _FORBIDDEN = {"checkpoint_path", "cache_dir", "weights", "weights_backbone"}
 
 @dataclass(frozen=True)
 class Spec:
-    """A parsed spec: `library` is one of LIBRARIES, or empty for a Python function with `name` = `module:function`."""
+    """A parsed spec: `library` is one of LIBRARIES, "onnx" for a file with `name` as its path, or empty for a Python
+    function with `name` = `module:function`.
+    """
 
     library: str
     name: str
@@ -49,7 +52,9 @@ def parse(spec: str) -> Spec:
     """Read a spec string. Values are plain literals or one word. Raises InputError for anything else."""
     target, _, query = spec.partition("?")
     if target.endswith(".onnx"):
-        raise InputError(f"{target} is an ONNX file, not a spec of a torch model: use graphprune.trace on it")
+        if query:
+            raise InputError(f"the ONNX file {target} takes no options")
+        return Spec("onnx", target)
     library, _, name = target.partition(":")
     options = tuple(_option(text, spec) for text in query.split("&")) if query else ()
     names = [key for key, _ in options]
@@ -95,7 +100,8 @@ def create(spec: str, weights: Path | None = None) -> nn.Module:
     model does not take, or weights that do not fit it.
     """
     parsed = parse(spec)
-    builder = {"timm": _timm, "torchvision": _torchvision, "cifar": _cifar, "": _function}[parsed.library](parsed)
+    builders = {"timm": _timm, "torchvision": _torchvision, "cifar": _cifar, "onnx": _file, "": _function}
+    builder = builders[parsed.library](parsed)
     try:
         model = builder()
     except InputError:
@@ -130,6 +136,12 @@ def _cifar(spec: Spec) -> Callable[[], Any]:
     if spec.pretrained:
         raise InputError(f"there are no published weights for cifar:{spec.name}; give a safetensors file")
     return lambda: NETWORKS[spec.name](**spec.keywords)
+
+
+def _file(spec: Spec) -> Callable[[], Any]:
+    from graphprune.onnx_import import import_onnx
+
+    return lambda: import_onnx(spec.name).train()
 
 
 def _function(spec: Spec) -> Callable[[], Any]:
@@ -173,12 +185,22 @@ def architecture(spec: str) -> str:
 def default_input_size(spec: str, model: nn.Module) -> tuple[int, int, int]:
     """The (channels, height, width) that the model expects. Raises InputError where nothing tells."""
     parsed = parse(spec)
+    if parsed.library == "onnx":
+        return _declared(spec, model)
     options = parsed.keywords
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size") or (3, *_native_size(parsed))
     size = options.get("img_size") or (height, width)
     height, width = (size, size) if isinstance(size, int) else size
     return int(options.get("in_chans") or options.get("in_channels") or channels), int(height), int(width)
+
+
+def _declared(path: str, model: nn.Module) -> tuple[int, int, int]:
+    """The size of an ONNX file's image input."""
+    sizes = [sizes for _, sizes in getattr(model, "inputs", [])]
+    if len(sizes) != 1 or len(sizes[0]) != 4 or None in sizes[0][1:]:
+        raise InputError(f"the input size of {path!r} is not known: give it")
+    return sizes[0][1:]  # type: ignore[no-any-return]
 
 
 def _native_size(spec: Spec) -> tuple[int, int]:

@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import nn
@@ -27,6 +29,11 @@ from graphprune.switches import with_switches
 from graphprune.tracing import copied, first_line, state_of, trace
 from graphprune.window import divide, mixed, windowed
 from graphprune.zeros import Zero
+
+if TYPE_CHECKING:
+    import onnx
+
+    from graphprune.onnx_import import Source
 
 TOLERANCE = 100
 """How far the module may be from the exported graph: so many rounding steps of the largest output. Both compute the
@@ -85,13 +92,27 @@ def example_inputs(inputs: Sequence[tuple[str, tuple[int, ...]]], batch: int = 2
     return tuple(tensors)
 
 
-def apply(model: nn.Module, plan: Plan, graph: ModelGraph | None = None) -> nn.Module:
+@overload
+def apply(model: nn.Module, plan: Plan, graph: ModelGraph | None = None) -> nn.Module: ...
+
+
+@overload
+def apply(model: str | Path, plan: Plan, graph: ModelGraph | None = None) -> "onnx.ModelProto": ...
+
+
+def apply(model: "nn.Module | Source", plan: Plan, graph: ModelGraph | None = None) -> "nn.Module | onnx.ModelProto":
     """A new module in which the plan's structures are gone; `model` is untouched.
+
+    For an ONNX file (its path, or a ModelProto) the result is a ModelProto.
 
     The result is of the user's own class, with its state dict names, wherever the module's code allows it; otherwise
     it is the exported graph as a module. Without compensation: kept weights have their old values. Raises InputError
     for a plan of another model.
     """
+    if not isinstance(model, nn.Module):
+        from graphprune.onnx_export import cut_file
+
+        return cut_file(model, plan, graph)
     return operate(model, graph or graph_of(model, plan), plan).model
 
 

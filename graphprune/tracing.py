@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -19,18 +19,34 @@ from graphprune.graph import Layer, ModelGraph, Node, Parameter
 from graphprune.operators import Attention, Convolution, Linear
 from graphprune.rules import RULES, Call, shapes_of, unknown
 
+if TYPE_CHECKING:
+    from graphprune.onnx_import import Source
+
+KEEPS_WEIGHTS = {"dropout", "dropout_", "clone", "contiguous", "to"}
+KEEPS_SCORES = {"add", "add_", "sub", "mul", "mul_", "div", "div_", "masked_fill", "masked_fill_", "to"}
+"""What may stand around the softmax of an attention that is spelled out."""
 ACTIVATIONS = {"gelu", "relu", "silu", "relu_", "silu_", "hardswish"}
 
 
 def trace(
-    model: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor], time_limit: float = 300
+    model: "nn.Module | Source",
+    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    time_limit: float = 300,
 ) -> ModelGraph:
     """Trace a model into its graph. The model is left as it was.
 
-    `example_inputs` is a tensor or a tuple of tensors with a leading batch axis of any size. Raises InputError where
-    the model does not accept them or holds NaN weights, StepError where `torch.export` cannot trace it in
-    `time_limit` seconds.
+    `model` is a torch module or an ONNX file (its path, or a ModelProto). `example_inputs` is a tensor or a tuple of
+    tensors with a leading batch axis of any size; a file that declares all sizes but the batch needs none. Raises
+    InputError where the model does not accept them or holds NaN weights, or a file is not ONNX or has operators that
+    are not known; StepError where `torch.export` cannot trace it in `time_limit` seconds.
     """
+    if not isinstance(model, nn.Module):
+        from graphprune.onnx_import import import_onnx
+
+        model = import_onnx(model)
+        example_inputs = model.example_inputs() if example_inputs is None else example_inputs
+    if example_inputs is None:
+        raise InputError("example_inputs are needed to trace a torch module")
     inputs = _as_tuple(example_inputs)
     _check_weights(model)
     pair = tuple(torch.cat([x, x])[:2].clone() if x.dim() else x for x in inputs)
@@ -211,14 +227,19 @@ class _Walk:
         return Node(node.name, operator_name(node), owner_path(node), inputs, (1, *shape[1:]), forms[node][0])
 
     def _layer(self, node: fx.Node, forms: dict[fx.Node, list[tuple[Form, ...]]]) -> Layer | None:
-        name = operator_name(node)
-        if name not in ("conv2d", "linear", "scaled_dot_product_attention"):
+        if node.name not in self.calls:
             return None
-        call, module = self.calls[node.name], owner_path(node)
+        name, call, module = operator_name(node), self.calls[node.name], owner_path(node)
         if name == "scaled_dot_product_attention":
             heads = call.extra.get("heads")
-            operator = _attention(call)
+            operator = _attention(call["query"], call["key"], call["value"])
             return Layer(node.name, module, "", heads, heads, None, operator) if heads else None  # type: ignore[arg-type]
+        if name == "matmul" and (product := _attended(node)) is not None and len(forms[node][0]) > 3:
+            heads = forms[node][0][-3]  # type: ignore[assignment]
+            operator = _attention(product.args[0], product.args[1], node.args[1], transposed=True)
+            return Layer(node.name, module, "", heads, heads, None, operator)  # type: ignore[arg-type]
+        if name not in ("conv2d", "linear"):
+            return None
         weight = call["weight"]
         shape = shapes_of(weight)[0]
         source = forms[call["input"]][0]
@@ -299,10 +320,25 @@ def _linear(node: fx.Node, weight: list[int]) -> Linear:
     return Linear(rows, weight[1], weight[0], activation)
 
 
-def _attention(call: Call) -> Attention:
-    query, key, value = (shapes_of(call[name])[0] for name in ("query", "key", "value"))
-    heads = query[-3] if len(query) > 2 else 1
+def _attended(node: fx.Node) -> fx.Node | None:
+    """The product of queries and keys whose softmax a product applies to values, where the code spells that out."""
+    weights = node.args[0]
+    while isinstance(weights, fx.Node) and operator_name(weights) in KEEPS_WEIGHTS:
+        weights = weights.args[0]
+    if not isinstance(weights, fx.Node) or operator_name(weights) not in ("softmax", "_softmax"):
+        return None
+    scores = weights.args[0]
+    while isinstance(scores, fx.Node) and operator_name(scores) in KEEPS_SCORES:
+        whole = [x for x in scores.all_input_nodes if shapes_of(x) == shapes_of(weights)]
+        scores = whole[0] if len(whole) == 1 else None
+    return scores if isinstance(scores, fx.Node) and operator_name(scores) == "matmul" else None
+
+
+def _attention(query: Any, key: Any, value: Any, transposed: bool = False) -> Attention:
+    """The operator for queries, keys and values [.., heads, tokens, width]; transposed keys are [.., width, tokens]."""
+    queries, keys, values = (shapes_of(x)[0] for x in (query, key, value))
+    heads = queries[-3] if len(queries) > 2 else 1
     batch = 1
-    for size in query[1:-3]:
+    for size in queries[1:-3]:
         batch *= size
-    return Attention(batch, heads, query[-2], key[-2], query[-1], value[-1])
+    return Attention(batch, heads, queries[-2], keys[-1 if transposed else -2], queries[-1], values[-1])

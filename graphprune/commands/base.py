@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
     from graphprune.engines.base import Engine
 
-MODELS = "timm:NAME, torchvision:NAME, cifar:NAME (resnet20 ..., vgg16) or pkg.module:function, options after a '?'"
+MODELS = (
+    "timm:NAME, torchvision:NAME, cifar:NAME (resnet20 ..., vgg16) or pkg.module:function, options after a '?'; "
+    "or an ONNX file"
+)
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help=f"{MODELS}, e.g. 'timm:resnet18?num_classes=10'.", show_default=False)
