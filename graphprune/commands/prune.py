@@ -117,7 +117,7 @@ class Prune(Verb):
         from graphprune import models
 
         spec = models.parse(self.model)
-        if self.weights is not None or spec.pretrained or not spec.library:
+        if self.weights is not None or spec.pretrained or spec.library in ("", "onnx"):
             return ()
         return ("the dense model is untrained: neither --weights nor pretrained=True is given",)
 
