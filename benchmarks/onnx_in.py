@@ -2,8 +2,8 @@
 
     python benchmarks/onnx_in.py [--sample N] [--models SPEC,...]
 
-The models of `coverage.py`, with random weights, a uniform plan at keep 0.5, one process and 300 seconds each. Resumable:
-what is known of a model is kept in `--work`. Writes `results/onnx_in.json`.
+The models of `coverage.py`, with random weights, a uniform plan at keep 0.5, one process and 300 seconds each.
+Resumable: what is known of a model is kept in `--work`. Writes `results/onnx_in.json`.
 """
 
 import argparse

@@ -277,7 +277,10 @@ class _Session:
     def _verified(self, record: Record, evaluator: Evaluator) -> tuple[float, Record, nn.Module]:
         """By how much the worst bound is missed, the record with the new measurement, and the pruned model."""
         pruned = self.bench.build(self.candidates.cuts(self._choices(record.plan)))
-        measured = evaluator.measure(pruned, VERIFY_ROUNDS, fresh=engines.settings_of(self.engine) is not None)
+        measured = self.study.verified(record.plan)
+        if measured is None:
+            measured = evaluator.measure(pruned, VERIFY_ROUNDS, fresh=engines.settings_of(self.engine) is not None)
+            self.study.keep_verified(replace(record, measured=measured))
         checked = replace(record, measured=measured)
         excess = max(self._excess(checked).values())
         return excess, replace(checked, feasible=excess <= 0), pruned

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import sha256
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from graphprune.errors import InputError, StepError
 from graphprune.plan import Plan
-from graphprune.record import Record
+from graphprune.record import Record, Share
 from graphprune.storage import connect, one_line, sqlite_file, storage_url
 
 FORMAT = 1
@@ -98,6 +99,16 @@ class Study:
             self._refresh()
         return self._by_plan.get(plan)
 
+    def verified(self, plan: Plan) -> Share | None:
+        """What the verification of a plan measured before."""
+        stored = self._study.user_attrs.get(_verification(plan))
+        return None if stored is None else Record.from_json(stored).measured
+
+    def keep_verified(self, record: Record) -> None:
+        """Store what a verification measured, so that a search that goes on ends the same way."""
+        with one_line("cannot store a verification", StepError):
+            self._study.set_user_attr(_verification(record.plan), record.to_json())
+
     def records(self) -> list[Record]:
         """All records in order, those of other processes too. Raises InputError for one that cannot be read."""
         self._refresh()
@@ -145,6 +156,11 @@ def list_studies(storage: str | Path) -> list[Summary]:
         studies = [optuna.load_study(study_name=name, storage=backend) for name in names]
         ours = [study for study in studies if "graphprune" in study.user_attrs]
     return [Study(study).summary() for study in ours]
+
+
+def _verification(plan: Plan) -> str:
+    """The name under which a plan's verification is stored."""
+    return f"verified {sha256(plan.to_json().encode()).hexdigest()[:16]}"
 
 
 def _with_dense(options: Options) -> dict[str, list[str]]:

@@ -58,6 +58,13 @@ def test_a_second_run_evaluates_nothing_anew_and_a_killed_one_loses_the_trial_in
         assert len(builds.cuts) == needed - (killed_at - 1)
 
 
+def test_a_search_that_goes_on_keeps_what_it_verified(tmp_path: Path) -> None:
+    """On a noisy engine another measurement would take another plan, and a fine-tuning that goes on would be lost."""
+    ends = [run(study=tmp_path / "study.db", engine=FakeEngine(noise=0.3, seed=2)) for _ in range(3)]
+    assert len({end.plan for end in ends}) == 1
+    assert len({end.record.measured for end in ends}) == 1
+
+
 def stored_records(file: Path) -> list[str]:
     (summary,) = list_studies(file)
     return [record.to_json() for record in Study.open(file, summary.name).records()]
