@@ -5,6 +5,7 @@ Only the geometry is computed here, in pixels; the report's template writes the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import networkx
 
@@ -25,6 +26,8 @@ RADIUS = 10
 """Of a join."""
 GAP = 24
 MARGIN = 34
+SIZE = {"width": WIDTH, "line": LINE, "radius": RADIUS}
+"""What the template has to know of them."""
 ARC = 9
 """How much higher an arc is than those below it."""
 NAME, TEXT = 18, 22
@@ -67,10 +70,18 @@ class Drawing:
     height: float
 
 
-def draw(graph: ModelGraph, plan: Plan) -> Drawing:
-    """The picture of a graph and what a plan does to it. Raises InputError for a plan of another model."""
+class Labels(Protocol):
+    """What is written into the boxes; `height` is that of each box."""
+
+    @property
+    def height(self) -> float: ...
+
+    def box(self, layer: Layer, x: float, y: float) -> Box: ...
+
+
+def draw(graph: ModelGraph, labels: Labels) -> Drawing:
+    """The picture of a graph."""
     flow = collapse(graph)
-    labels = _Labels(graph, plan)
     height = labels.height
     boxes, joins, arrows, arcs, turns = [], [], [], [], []
     before: _Row | None = None
@@ -159,8 +170,8 @@ def _levels(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
     return placed
 
 
-class _Labels:
-    """What is written into the boxes of a plan's model."""
+class PlanLabels:
+    """What a plan does to each layer. Raises InputError for a plan of another model."""
 
     def __init__(self, graph: ModelGraph, plan: Plan) -> None:
         self.graph = graph
@@ -179,10 +190,10 @@ class _Labels:
         """A layer's box with its upper left corner at `x`, `y`."""
         here = self._here(layer)
         reads = [choice for choice, cuts in self.choices if layer.weight and cuts.keep.keys() & layer.inputs.atoms()]
-        name, operator = layer.module or layer.node, _describe(self.cuts.operator(layer))
+        name, operator = layer.module or layer.node, describe(self.cuts.operator(layer))
         told = [f"{choice.pattern} {choice.level}" for choice in here]
         told += [f"reads fewer inputs ({choice.pattern} {choice.level} at {choice.site})" for choice in reads]
-        change = f"{_describe(layer.operator)} becomes {operator}; {'; '.join(told)}" if told else f"{operator}, dense"
+        change = f"{describe(layer.operator)} becomes {operator}; {'; '.join(told)}" if told else f"{operator}, dense"
         return Box(
             x,
             y,
@@ -203,7 +214,7 @@ class _Labels:
         ]
 
 
-def _describe(operator: Operator) -> str:
+def describe(operator: Operator) -> str:
     if isinstance(operator, Absent):
         return "nothing"
     if isinstance(operator, Convolution):

@@ -3,23 +3,20 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from statistics import median
 
-from jinja2 import Environment, StrictUndefined
-
 from graphprune import plots
 from graphprune.atomic import write_text
-from graphprune.drawing import LINE, RADIUS, WIDTH, draw
+from graphprune.drawing import SIZE, PlanLabels, draw
 from graphprune.measure import Measurement, verdict
 from graphprune.plan import Choice
 from graphprune.record import Record, Share
 from graphprune.registry import pattern
 from graphprune.result import Result
+from graphprune.templates import render
 from graphprune.wording import SAME, headline, latency, percent, quantity, seconds, signed, speed, warnings
 
-TEMPLATE = "report.html.j2"
 COSTS = {"latency": "latency", "flops": "FLOPs", "params": "parameters"}
 
 
@@ -62,9 +59,7 @@ def write_report(result: Result, path: Path, measurement: Measurement | None = N
     `measurement` is the final one (dense first, pruned last); without it the record's own latency is shown. Raises
     InputError when the file cannot be written.
     """
-    template = resources.files("graphprune").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return write_text(path, environment.from_string(template).render(_context(result, measurement, title)))
+    return write_text(path, render("report.html.j2", _context(result, measurement, title)))
 
 
 def _context(result: Result, measurement: Measurement | None, title: str) -> dict[str, object]:
@@ -81,9 +76,9 @@ def _context(result: Result, measurement: Measurement | None, title: str) -> dic
         "contenders": _contenders(result, search),
         "tradeoff": _tradeoff(result, search),
         "tradeoff_facts": _trial_facts(result.records),
-        "drawing": draw(result.graph, result.plan),
-        "size": {"width": WIDTH, "line": LINE, "radius": RADIUS},
-        "colours": {pattern: f"--pattern{number % 6}" for number, pattern in enumerate(chosen)},
+        "drawing": draw(result.graph, PlanLabels(result.graph, result.plan)),
+        "size": SIZE,
+        "colours": {pattern: f"var(--pattern{number % 6})" for number, pattern in enumerate(chosen)},
         "plan": _plan(result),
         "latency": plots.distributions(share.dense, share.candidate) if share else None,
         "samples": len(share.candidate) if share else 0,

@@ -13,6 +13,7 @@ import graphprune as gp
 from graphprune.commands import base
 from graphprune.commands.base import Answer, EngineName, InputSize, Model, Threads, Verb, Weights
 from graphprune.console import Bars
+from graphprune.errors import InputError
 
 if TYPE_CHECKING:
     from graphprune.graph import ModelGraph
@@ -31,10 +32,19 @@ class Trace(Verb):
     ] = False
     engine: EngineName = "onnxruntime"
     threads: Threads = 1
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the layers, coloured by what is cut together.")
+    ] = None
 
     def run(self) -> Answer:
-        """Trace, print the tables."""
+        """Trace, print the tables, draw the picture."""
+        from graphprune.picture import write_picture
+
+        if self.picture is not None and self.picture.suffix != ".svg":
+            raise InputError(f"the picture is an SVG file: give --picture a name that ends in .svg, not {self.picture}")
         graph = traced(self.model, self.weights, self.input_size)
+        if self.picture is not None:
+            write_picture(graph, self.picture)
         profile = operator_profile(self.engine, self.threads) if self.gains else None
         if profile is not None:
             measure_all(graph, profile)
@@ -54,7 +64,8 @@ class Trace(Verb):
             f"{graph.parameter_count / 1e3:.1f} k weights; {len(graph.all_groups)} groups ({len(frozen)} frozen), "
             f"{len(graph.all_sites)} sites"
         )
-        return Answer(facts, (head, Text(str(graph.groups())), Text(str(sites))))
+        written = (f"written to {self.picture}",) if self.picture is not None else ()
+        return Answer(facts, (head, Text(str(graph.groups())), Text(str(sites)), *written))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphprune.drawing import LINE, RADIUS, WIDTH, draw
+from graphprune.drawing import LINE, RADIUS, WIDTH, PlanLabels, draw
 from graphprune.engines.base import Timing
 from graphprune.errors import InputError
 from graphprune.flow import collapse, rows, segments
@@ -382,7 +382,7 @@ def test_rows_hold_all_nodes_in_order_and_fit(network: ModelGraph) -> None:
 
 def test_drawing_holds_every_layer_once_and_nothing_overlaps(network: ModelGraph) -> None:
     plan = uniform_plan(network, 0.5)
-    drawing = draw(network, plan)
+    drawing = draw(network, PlanLabels(network, plan))
     assert len(drawing.boxes) == len(network.layers)
     places = [(box.x, box.y, box.x + WIDTH, box.y + drawing.box_height) for box in drawing.boxes]
     places += [(j.x - RADIUS, j.y - RADIUS, j.x + RADIUS, j.y + RADIUS) for j in drawing.joins]
@@ -398,7 +398,7 @@ def test_drawing_holds_every_layer_once_and_nothing_overlaps(network: ModelGraph
 
 
 def test_every_edge_is_drawn_once_and_no_arc_crosses_a_box(network: ModelGraph) -> None:
-    drawing, flow = draw(network, Plan(network.signature, (), network.inputs)), collapse(network)
+    drawing, flow = draw(network, PlanLabels(network, Plan(network.signature, (), network.inputs))), collapse(network)
     found = rows(flow, 7)
     edges = {(a if a in row else None, b) for row in found for a, b in flow.edges if b in row}
     firsts = {row[0] for row in found}
@@ -413,7 +413,7 @@ def test_every_edge_is_drawn_once_and_no_arc_crosses_a_box(network: ModelGraph) 
 
 
 def test_boxes_tell_what_was_chosen(graph: ModelGraph) -> None:
-    drawing = draw(graph, Plan(graph.signature, (KERNEL, FILTER), graph.inputs))
+    drawing = draw(graph, PlanLabels(graph, Plan(graph.signature, (KERNEL, FILTER), graph.inputs)))
     stem, inner, outer, classifier = drawing.boxes
     assert inner.lines == ("body.inner", "conv 3×1, 8→16", "16 of 32", "3x1 left")
     assert inner.patterns == ("filter", "kernel")
@@ -427,7 +427,7 @@ def test_boxes_tell_what_was_chosen(graph: ModelGraph) -> None:
 
 
 def test_arrows_of_a_residual_block(graph: ModelGraph) -> None:
-    drawing = draw(graph, Plan(graph.signature, (), graph.inputs))
+    drawing = draw(graph, PlanLabels(graph, Plan(graph.signature, (), graph.inputs)))
     assert len(drawing.arcs) == 1  # stem -> addition
     assert len(drawing.arrows) == 4
     assert drawing.turns == ()
@@ -438,4 +438,4 @@ def test_arrows_of_a_residual_block(graph: ModelGraph) -> None:
 
 def test_plan_of_another_model(graph: ModelGraph) -> None:
     with pytest.raises(InputError, match="another model"):
-        draw(graph, Plan("0" * 16))
+        draw(graph, PlanLabels(graph, Plan("0" * 16)))

@@ -21,7 +21,7 @@ from graphprune.calibration import calibrate
 from graphprune.candidates import Candidates
 from graphprune.counting import count
 from graphprune.cuts import Cuts, join, resolve
-from graphprune.drawing import draw
+from graphprune.drawing import PlanLabels, draw
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.evaluation import Workbench
 from graphprune.export import export_onnx, onnx_bytes
@@ -457,7 +457,7 @@ def test_uniform_plans_leave_branches_and_widths_alone() -> None:
 def test_people_see_what_is_dropped() -> None:
     _, graph, _ = built("squeezed")
     plan = removing(graph, branch_sites(graph)[0])
-    boxes = [box for box in draw(graph, plan).boxes if box.patterns == ("block",)]
+    boxes = [box for box in draw(graph, PlanLabels(graph, plan)).boxes if box.patterns == ("block",)]
     assert len(boxes) == len(branch_sites(graph)[0].layers)
     assert all("becomes nothing; block removed" in box.title for box in boxes)
     table = str(graph.sites())

@@ -14,7 +14,7 @@ from graphprune.calibration import Statistics, calibrate
 from graphprune.candidates import Candidates
 from graphprune.compensation import solve
 from graphprune.cuts import resolve
-from graphprune.drawing import draw
+from graphprune.drawing import PlanLabels, draw
 from graphprune.errors import InputError
 from graphprune.export import onnx_bytes
 from graphprune.exported import cut_program
@@ -211,6 +211,8 @@ def test_tables_know_what_excludes_groups(known: tuple[Candidates, Statistics], 
 
 def test_people_see_groups() -> None:
     _, graph, _ = chain()
-    boxes = [box for box in draw(graph, plan(graph, divided(graph, "one.0/kernel"))).boxes if box.patterns]
+    boxes = [
+        box for box in draw(graph, PlanLabels(graph, plan(graph, divided(graph, "one.0/kernel")))).boxes if box.patterns
+    ]
     assert [box.patterns for box in boxes] == [("groups",)]
     assert "2 groups" in boxes[0].title
