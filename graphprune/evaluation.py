@@ -20,8 +20,9 @@ from graphprune.plan import Plan
 from graphprune.problem import Choices, Sum
 from graphprune.record import Record, Share
 from graphprune.repair import Reference, repair
+from graphprune.routes import Route
 from graphprune.study import Study
-from graphprune.surgery import Route, cut_along, perform
+from graphprune.surgery import cut_along, perform
 from graphprune.task import Task
 
 TRIAL_ROUNDS = 20

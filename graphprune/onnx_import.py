@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from graphprune import onnx_shapes
 from graphprune.errors import InputError
-from graphprune.onnx_operators import OPERATORS, TYPES, OnnxCall, Value, window_pads
+from graphprune.onnx_layers import window_pads
+from graphprune.onnx_operators import OPERATORS, TYPES, OnnxCall, Value
+from graphprune.onnx_shapes import SMALL
 
-_ = onnx_shapes  # its operators are entered by importing it
 Source: TypeAlias = str | Path | onnx.ModelProto
 DOMAINS = ("", "ai.onnx")
 
@@ -95,7 +95,7 @@ class OnnxModule(nn.Module):
     def _hold(self, name: str, value: NDArray[Any]) -> None:
         """Keep a constant: as a parameter, as a buffer, or as an array where it is small and may be a shape."""
         floating = np.issubdtype(value.dtype, np.floating)
-        if value.size <= (1 if floating else onnx_shapes.SMALL):
+        if value.size <= (1 if floating else SMALL):
             self.arrays[name] = value
             return
         path, leaf = _place(name)

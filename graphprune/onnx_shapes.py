@@ -241,33 +241,44 @@ def _triangle(call: OnnxCall) -> Tensor:
 
 @onnx_operator("Resize")
 def _resize(call: OnnxCall) -> Tensor:
-    x, mode = call.tensor(0), call.attribute("mode", "nearest")
-    where = call.attribute("coordinate_transformation_mode", "half_pixel")
-    known = {"nearest": {("asymmetric", "floor"): "nearest", ("half_pixel", "round_prefer_floor"): "nearest-exact"}}
-    if mode == "nearest":
-        name = known[mode].get((where, call.attribute("nearest_mode", "round_prefer_floor")))
-    else:
-        name = {"linear": "bilinear", "cubic": "bicubic"}[mode] if x.dim() == 4 else None
-        name = name if where in ("half_pixel", "pytorch_half_pixel", "align_corners") else None
-    if name is None or "axes" in call.attributes or call.attribute("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise InputError(f"Resize with {mode}, {where} is not supported")
-    if call.has(3):
-        target = call.ints(3)[2:]
-    else:
-        scales = call.values[2]
-        if not isinstance(scales, np.ndarray):
-            raise InputError("Resize with scales from the values of a tensor is not supported")
-        exact = [size * scale for size, scale in zip(x.shape[2:], scales.tolist()[2:], strict=True)]
-        target = [round(size) for size in exact]
-        if any(abs(size - whole) > 1e-3 for size, whole in zip(exact, target, strict=True)):
-            raise InputError("Resize to a size that is no whole number is not supported")
-    if name == "nearest-exact" and any(new % old for new, old in zip(target, x.shape[2:], strict=True)):
+    x, where = call.tensor(0), call.attribute("coordinate_transformation_mode", "half_pixel")
+    mode, target = _resize_mode(call, x.dim()), _resize_target(call, x)
+    if mode == "nearest-exact" and any(new % old for new, old in zip(target, x.shape[2:], strict=True)):
         raise InputError("Resize to the nearest by a factor that is no whole number is not supported")
     if where == "pytorch_half_pixel" and 1 in target:
         raise InputError("Resize to a single number by pytorch_half_pixel is not supported")
-    options = {} if "nearest" in name else {"align_corners": where == "align_corners"}
-    if call.attribute("antialias", 0) or call.attribute("exclude_outside", 0):
-        raise InputError("Resize with antialiasing or without what lies outside is not supported")
-    if name == "bicubic" and call.attribute("cubic_coeff_a", -0.75) != -0.75:
-        raise InputError("Resize with another cubic coefficient than -0.75 is not supported")
-    return functional.interpolate(x, target, mode=name, **options)
+    options = {} if "nearest" in mode else {"align_corners": where == "align_corners"}
+    return functional.interpolate(x, target, mode=mode, **options)
+
+
+RESIZES: dict[tuple[str, ...], str] = {
+    ("nearest", "asymmetric", "floor"): "nearest",
+    ("nearest", "half_pixel", "round_prefer_floor"): "nearest-exact",
+    **{("linear", where): "bilinear" for where in ("half_pixel", "pytorch_half_pixel", "align_corners")},
+    **{("cubic", where): "bicubic" for where in ("half_pixel", "pytorch_half_pixel", "align_corners")},
+}
+"""torch's name of a mode, where the coordinates mean the same."""
+RESIZE_DEFAULTS = {"antialias": 0, "exclude_outside": 0, "cubic_coeff_a": -0.75, "keep_aspect_ratio_policy": "stretch"}
+
+
+def _resize_mode(call: OnnxCall, rank: int) -> str:
+    mode, where = call.attribute("mode", "nearest"), call.attribute("coordinate_transformation_mode", "half_pixel")
+    nearest = (call.attribute("nearest_mode", "round_prefer_floor"),) if mode == "nearest" else ()
+    name = RESIZES.get((mode, where, *nearest))
+    if name is None or "axes" in call.attributes or (rank != 4 and mode != "nearest"):
+        raise InputError(f"Resize with {mode}, {where} is not supported")
+    if odd := [name for name, value in RESIZE_DEFAULTS.items() if call.attribute(name, value) != value]:
+        raise InputError(f"Resize with {odd[0]} is not supported")
+    return name
+
+
+def _resize_target(call: OnnxCall, x: Tensor) -> list[int]:
+    if call.has(3):
+        return call.ints(3)[2:]
+    scales = call.values[2]
+    if not isinstance(scales, np.ndarray):
+        raise InputError("Resize with scales from the values of a tensor is not supported")
+    exact = [size * scale for size, scale in zip(x.shape[2:], scales.tolist()[2:], strict=True)]
+    if any(abs(size - round(size)) > 1e-3 for size in exact):
+        raise InputError("Resize to a size that is no whole number is not supported")
+    return [round(size) for size in exact]

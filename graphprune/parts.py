@@ -35,7 +35,7 @@ def export_parts(
 
 def holds_node(graph: ModelGraph, path: str, names: Sequence[str]) -> bool:
     """Whether some of these nodes are calls made within the module at a path."""
-    return any(node.name in names and _inside(node, path) for node in graph.exported.graph.nodes)
+    return bool(names) and any(node.name in names and _inside(node, path) for node in graph.exported.graph.nodes)
 
 
 def _export_part(model: nn.Module, graph: ModelGraph, path: str, calls: list[tuple[Any, Any]]) -> Part:

@@ -6,9 +6,8 @@ no attribute reaches is replaced by its own exported graph with its literals rew
 exported graph of the whole model is the result.
 """
 
-import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ from graphprune.cuts import Cuts, resolve
 from graphprune.errors import StepError
 from graphprune.exported import cut_part, cut_program, literal_changes
 from graphprune.graph import ModelGraph
-from graphprune.parts import Part, export_parts, holds_node
 from graphprune.plan import Plan
+from graphprune.routes import Route, own_routes
 from graphprune.switches import with_switches
 from graphprune.tracing import copied, first_line, state_of, trace
 from graphprune.window import divide, mixed, windowed
@@ -39,17 +38,6 @@ TOLERANCE = 100
 """How far the module may be from the exported graph: so many rounding steps of the largest output. Both compute the
 same operators on the same shapes, so that more is a sign of a literal which did not follow."""
 _TRACED: "weakref.WeakKeyDictionary[nn.Module, ModelGraph]" = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Route:
-    """How a model is cut: as its own class, with (class, attribute) pairs that follow the cut and modules that become
-    graphs; or as a graph on the whole.
-    """
-
-    own_class: bool = True
-    attributes: tuple[tuple[str, str], ...] = ()
-    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +118,7 @@ def perform(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Operation:
         expected = _outputs(reference, inputs)
     except Exception as error:
         raise StepError(f"the network does not run after this cut: {first_line(error)}") from error
-    for route in own_routes(model, graph, cuts):
+    for route in own_routes(model, graph, cuts, inputs):
         if _agree(cut_module(subject, graph, cuts, route), expected, inputs):
             return Operation(cut_module(model, graph, cuts, route), route)
     route = Route(own_class=False)
@@ -258,54 +246,6 @@ def _drop_branches(pruned: nn.Module, graph: ModelGraph, cuts: Cuts) -> None:
             store = owner._parameters if attribute in owner._parameters else owner._buffers
             if attribute in store:
                 store[attribute] = None
-
-
-def own_routes(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Iterator[Route]:
-    """Routes that keep the model's class: by attributes alone, then with modules as graphs, few before many."""
-    choices = list(attribute_choices(model, graph, cuts))
-    for attributes in choices:
-        yield Route(attributes=attributes)
-    made: dict[str, Part] = {}
-    for paths in part_choices(model, graph, cuts):
-        with suppress(StepError):
-            missing = [path for path in paths if path not in made]
-            made |= {part.path: part for part in export_parts(model, graph, missing, inputs_like(model, graph))}
-            yield Route(attributes=choices[0], parts=tuple(made[path] for path in paths))
-
-
-def attribute_choices(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Iterator[tuple[tuple[str, str], ...]]:
-    """Sets of (class, attribute) to try: all that hold a changed literal, then each smaller set, none last."""
-    found: dict[tuple[str, str], None] = {}
-    for change in literal_changes(graph, cuts):
-        module = model.get_submodule(change[0])
-        if not literals.holds_by_name(vars(module), change):
-            found |= {(type(module).__name__, name): None for name, _ in literals.holders(vars(module), change)}
-    sizes = range(len(found), -1, -1) if len(found) <= 6 else (len(found), 1, 0)
-    for size in sizes:
-        yield from itertools.combinations(found, size)
-
-
-def part_choices(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Iterator[tuple[str, ...]]:
-    """Modules that become graphs: those with a literal out of reach, those of one class, all with literals."""
-    owners: dict[str, bool] = {}
-    for change in literal_changes(graph, cuts):
-        attributes = vars(model.get_submodule(change[0]))
-        if not literals.holds_by_name(attributes, change):
-            owners[change[0]] = owners.get(change[0], True) and literals.reached(attributes, change)
-    classes = dict.fromkeys(type(model.get_submodule(path)) for path in owners)
-    choices = [
-        [path for path, known in owners.items() if not known],
-        *([path for path in owners if type(model.get_submodule(path)) is kind] for kind in classes),
-        list(owners),
-    ]
-    summed = [branch.node for branch in outermost(cuts.dropped)]
-    for paths in dict.fromkeys(tuple(_outermost_paths(choice)) for choice in choices):
-        if paths and "" not in paths and not (summed and any(holds_node(graph, path, summed) for path in paths)):
-            yield paths
-
-
-def _outermost_paths(paths: list[str]) -> list[str]:
-    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
 
 def _agree(pruned: nn.Module, expected: list[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> bool:
