@@ -5,7 +5,8 @@
 One small representative of every timm module, common names, torchvision's classification families, segmentation
 networks and detection backbones; random weights. Each model has a process of its own, one thread and 120 seconds.
 Resumable: what is known of a model is kept in `--work`, and only models that are not done are run (`--again` those that
-failed as well). Writes `results/coverage.json`. `--choose` writes the list of timm representatives anew.
+failed as well). Writes `results/coverage.json`; with `--torch-pruning` the same of Torch-Pruning, in a work folder of
+its own, to `results/coverage_torch_pruning.json`. `--choose` writes the list of timm representatives anew.
 """
 
 import argparse
@@ -165,6 +166,45 @@ def examine(spec: str, log: Log) -> None:
         log.note(speedup=float(np.median(dense.samples) / np.median(cut.samples)))
 
 
+def examine_torch_pruning(spec: str, log: Log) -> None:
+    """The same stages with Torch-Pruning, as far as it has them; raises what fails."""
+    import numpy as np
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    import graphprune as gp
+    from benchmarks.torch_pruning_adapter import halve
+    from graphprune import models
+    from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+    from graphprune.errors import InputError
+    from graphprune.export import onnx_bytes
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = models.create(spec).eval()
+    try:
+        size = models.default_input_size(spec, model)
+    except InputError:
+        size = (3, 224, 224)
+    example = torch.randn(2, *size)
+    before = sum(value.numel() for value in model.parameters())
+    with log.stage("apply"):
+        pruned = halve(model, example, 1 - KEEP, ALIGN)
+    after = sum(value.numel() for value in pruned.parameters())
+    log.note(size=size, params=before, kept_params=after)
+    if after == before:
+        raise RuntimeError("nothing was cut")
+    with log.stage("train"):
+        check_training(pruned, torch.cat([example, example])[:3])
+    folder = log.file.with_suffix("")
+    with log.stage("export"):
+        file = gp.export_onnx(pruned.eval(), folder / "pruned.onnx", example)
+    with log.stage("speed"):
+        dense, cut = OnnxRuntimeEngine().measure([onnx_bytes(model, example), file.read_bytes()], ROUNDS)
+        log.note(samples={"dense": dense.samples, "pruned": cut.samples})
+        log.note(speedup=float(np.median(dense.samples) / np.median(cut.samples)))
+
+
 def graph_facts(graph: Any) -> dict[str, Any]:
     """Groups, and the shares of the layers' FLOPs and parameters that a cut of some group would change."""
     free = {group.atom for group in graph.all_groups if not group.frozen}
@@ -235,12 +275,12 @@ def check_saved(spec: str, model: Any, graph: Any, plan: Any, pruned: Any, folde
         raise RuntimeError("the loaded model computes something else")
 
 
-def one(spec: str, file: Path) -> None:
+def one(spec: str, file: Path, torch_pruning: bool) -> None:
     """Examine a model and note how it ended."""
     log = Log(spec, file)
     log.note()
     try:
-        examine(spec, log)
+        (examine_torch_pruning if torch_pruning else examine)(spec, log)
         log.note(stage="done")
     except Exception as error:  # whatever it is, it belongs in the table
         log.note(error=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
@@ -257,6 +297,7 @@ def run(spec: str, options: argparse.Namespace) -> dict[str, Any]:
         if known["stage"] == "done" or ("error" in known and not options.again):
             return known
     command = [sys.executable, __file__, "--one", spec, "--file", str(file)]
+    command += ["--torch-pruning"] if options.torch_pruning else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
@@ -298,7 +339,7 @@ def summary(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "median share of FLOPs in cuttable groups": median(shares or [0]),
         "models with less than half of their FLOPs in cuttable groups": sum(share < 0.5 for share in shares),
         "median speed-up": median([facts["speedup"] for facts in done] or [0]),
-        "median seconds of trace": median([facts["seconds"]["trace"] for facts in done] or [0]),
+        "median seconds of trace": median([facts["seconds"].get("trace", 0) for facts in done] or [0]),
     }
 
 
@@ -311,14 +352,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="models at a time; 1 where speed-ups are to be right")
     parser.add_argument("--again", action="store_true", help="also run models again that failed")
     parser.add_argument("--work", type=Path, default=Path("coverage_work"))
-    parser.add_argument("--choose", action="store_true")
+    parser.add_argument("--choose", action="store_true", help="write the list of timm's representatives anew")
+    parser.add_argument("--torch-pruning", action="store_true", help="the same with Torch-Pruning (extra bench)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.choose:
         return choose_representatives()
     if options.one:
-        return one(options.one, options.file)
+        return one(options.one, options.file, options.torch_pruning)
     options.work.mkdir(parents=True, exist_ok=True)
     specs = options.models.split(",") if options.models else all_specs()
     if options.sample:
@@ -331,7 +373,8 @@ def main() -> None:
         from graphprune.machine import environment
 
         body = {"summary": summary(table), "models": table, "keep": KEEP, "align": ALIGN, "environment": environment()}
-        (RESULTS / "coverage.json").write_text(json.dumps(body, indent=1) + "\n")
+        name = "coverage_torch_pruning.json" if options.torch_pruning else "coverage.json"
+        (RESULTS / name).write_text(json.dumps(body, indent=1) + "\n")
     return None
 
 

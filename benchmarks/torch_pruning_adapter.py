@@ -78,6 +78,32 @@ class TorchPruning:
         return model.eval()
 
 
+def halve(model: nn.Module, example: Tensor, ratio: float, round_to: int) -> nn.Module:
+    """A copy with a share of the channels of every group gone, by magnitude; the output layers are ignored.
+
+    Heads of fused attention are given and followed as the examples for timm's transformers do.
+    """
+    pruned = copy.deepcopy(model).eval()
+    fused = [m for m in pruned.modules() if isinstance(getattr(m, "qkv", None), nn.Linear) and hasattr(m, "num_heads")]
+    outputs = [layer for layer in pruned.modules() if isinstance(layer, nn.Linear)][-1:]
+    pruner = torch_pruning.pruner.BasePruner(
+        pruned,
+        example,
+        importance=torch_pruning.importance.MagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=outputs,
+        round_to=round_to,
+        num_heads={module.qkv: module.num_heads for module in fused},
+        prune_num_heads=False,
+        prune_head_dims=True,
+    )
+    pruner.step()
+    for module in fused:
+        module.num_heads = pruner.num_heads[module.qkv]
+        module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+    return pruned
+
+
 def _gradients(dense: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor | None, ...]:
     model = copy.deepcopy(dense).eval()
     for inputs, targets in batches:
