@@ -36,6 +36,16 @@ def product(copies: int = 1, operation: str = "MatMul") -> bytes:
     return bytes(model.SerializeToString())
 
 
+def chain(length: int) -> bytes:
+    """Products with a matrix [64, 64] one after the other, so that an engine cannot merge them."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["any", 64]) for name in ("p0", f"p{length}")]
+    nodes = [helper.make_node("MatMul", [f"p{i}", "w"], [f"p{i + 1}"]) for i in range(length)]
+    weight = numpy_helper.from_array(np.full((64, 64), 1 / 64, np.float32), "w")
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Engine:
     return ENGINES[request.param]()
@@ -108,5 +118,5 @@ def test_failure_is_a_value_and_spares_the_other_models(engine: Engine, no_model
 
 
 def test_more_work_takes_longer(engine: Engine) -> None:
-    few, many = engine.measure([product(), product(copies=200)], rounds=5)
+    few, many = engine.measure([chain(1), chain(100)], rounds=5)
     assert min(many.samples) > min(few.samples)

@@ -30,12 +30,14 @@ def exported(model: nn.Module, inputs: list[torch.Tensor], folder: Path, newer: 
     return file
 
 
-CASES = {(name, newer) for name in networks.NETWORKS if name != "standardised" for newer in (True, False)}
-"""Exporters standardise the weights of that network once and for all: cut, it is another one."""
-CASES -= {("tied", False)}  # the older exporter writes a matrix twice that two modules share
+NEWER = sorted(
+    networks.NETWORKS.keys() - {"standardised", "mobilenetv2", "regnetx", "densenet", "resnet18", "convnext"}
+)
+OLDER = sorted(networks.NETWORKS.keys() - {"standardised", "tied", "vit_tiny"})
+"""By exporter, large networks once. Both standardise weights for good; the older one writes a shared matrix twice."""
 
 
-@pytest.mark.parametrize(("name", "newer"), sorted(CASES))
+@pytest.mark.parametrize(("name", "newer"), [*((name, True) for name in NEWER), *((name, False) for name in OLDER)])
 def test_a_file_is_cut_like_the_module_it_came_from(name: str, newer: bool, tmp_path: Path) -> None:
     build, inputs = networks.NETWORKS[name]
     torch.manual_seed(0)

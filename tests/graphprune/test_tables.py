@@ -147,7 +147,7 @@ def test_everything_is_measured_together(graph: ModelGraph, profile: Profile, mo
 
 def test_reasons_for_an_empty_site(vit: ModelGraph, graph: ModelGraph, profile: Profile) -> None:
     explicit = trace(Attention(fused_weights=True, fused_product=False), tokens())
-    assert line(str(explicit.sites()), "weights.qkv#2/other").endswith("no pattern cuts it")
+    assert line(str(explicit.sites()), "weights.qkv#1/other").endswith("no pattern cuts it")
     single = trace(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)), torch.zeros(2, 3, 8, 8))
     assert line(str(single.sites(profile)), "0/channels").endswith("too small for a level (blocks of 16)")
 
