@@ -177,7 +177,7 @@ def _scatter_nd(call: OnnxCall) -> Tensor:
 @onnx_operator("Expand")
 def _expand(call: OnnxCall) -> Value:
     shape = call.ints(1)
-    if on_arrays(call):
+    if on_arrays(call) and all(type(size) is int for size in shape):  # numpy would fix a symbolic size
         own = np.asarray(call.values[0])
         return np.broadcast_to(own, np.broadcast_shapes(own.shape, tuple(shape)))
     x = call.tensor(0)
@@ -189,9 +189,10 @@ def _expand(call: OnnxCall) -> Value:
 
 @onnx_operator("Tile")
 def _tile(call: OnnxCall) -> Value:
-    if on_arrays(call):
-        return np.tile(call.values[0], call.ints(1))  # type: ignore[arg-type]
-    return call.tensor(0).repeat(call.ints(1))
+    times = call.ints(1)
+    if on_arrays(call) and all(type(number) is int for number in times):
+        return np.tile(np.asarray(call.values[0]), times)
+    return call.tensor(0).repeat(times)
 
 
 @onnx_operator("Pad")
