@@ -115,18 +115,12 @@ class Log:
         self.facts["seconds"][name] = round(time.perf_counter() - start, 3)
 
 
-def examine(spec: str, log: Log) -> None:
-    """Take a model through all stages; raises what fails."""
-    import numpy as np
+def built(spec: str) -> tuple[Any, Any]:
+    """The model with random weights in eval mode, and an example input of batch 2."""
     import torch
 
-    sys.path.insert(0, str(ROOT))
-    import graphprune as gp
     from graphprune import models
-    from graphprune.engines.onnxruntime import OnnxRuntimeEngine
     from graphprune.errors import InputError
-    from graphprune.export import onnx_bytes
-    from graphprune.surgery import operate
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -135,10 +129,38 @@ def examine(spec: str, log: Log) -> None:
         size = models.default_input_size(spec, model)
     except InputError:
         size = (3, 224, 224)
-    example = torch.randn(2, *size)
+    return model, torch.randn(2, *size)
+
+
+def export_and_time(model: Any, pruned: Any, example: Any, log: Log) -> None:
+    """The last two stages: a file that ONNX Runtime runs with the right numbers, and its speed-up."""
+    import numpy as np
+
+    import graphprune as gp
+    from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+    from graphprune.export import onnx_bytes
+
+    with log.stage("export"):
+        file = gp.export_onnx(pruned.eval(), log.file.with_suffix("") / "pruned.onnx", example)
+    with log.stage("speed"):
+        dense, cut = OnnxRuntimeEngine().measure([onnx_bytes(model, example), file.read_bytes()], ROUNDS)
+        log.note(samples={"dense": dense.samples, "pruned": cut.samples})
+        log.note(speedup=float(np.median(dense.samples) / np.median(cut.samples)))
+
+
+def examine(spec: str, log: Log) -> None:
+    """Take a model through all stages; raises what fails."""
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    import graphprune as gp
+    from graphprune.surgery import operate
+
+    model, example = built(spec)
     with log.stage("trace"):
         graph = gp.trace(model, example)
-    log.note(size=size, params=sum(value.numel() for value in model.parameters()), **graph_facts(graph))
+    params = sum(value.numel() for value in model.parameters())
+    log.note(size=tuple(example.shape[1:]), params=params, **graph_facts(graph))
     with log.stage("plan"):
         plan = gp.uniform_plan(graph, KEEP, align=ALIGN)
     log.note(choices=len(plan.choices))
@@ -155,54 +177,29 @@ def examine(spec: str, log: Log) -> None:
         raise RuntimeError(f"the pruned model is not the masked one: relative difference {log.facts['difference']:.2g}")
     with log.stage("train"):
         check_training(pruned, torch.cat([example, example])[:3])
-    folder = log.file.with_suffix("")
     with log.stage("save"):
-        check_saved(spec, model, graph, plan, pruned, folder, example)
-    with log.stage("export"):
-        file = gp.export_onnx(pruned.eval(), folder / "pruned.onnx", example)
-    with log.stage("speed"):
-        dense, cut = OnnxRuntimeEngine().measure([onnx_bytes(model, example), file.read_bytes()], ROUNDS)
-        log.note(samples={"dense": dense.samples, "pruned": cut.samples})
-        log.note(speedup=float(np.median(dense.samples) / np.median(cut.samples)))
+        check_saved(spec, model, graph, plan, pruned, log.file.with_suffix(""), example)
+    export_and_time(model, pruned, example, log)
 
 
 def examine_torch_pruning(spec: str, log: Log) -> None:
     """The same stages with Torch-Pruning, as far as it has them; raises what fails."""
-    import numpy as np
     import torch
 
     sys.path.insert(0, str(ROOT))
-    import graphprune as gp
     from benchmarks.torch_pruning_adapter import halve
-    from graphprune import models
-    from graphprune.engines.onnxruntime import OnnxRuntimeEngine
-    from graphprune.errors import InputError
-    from graphprune.export import onnx_bytes
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = models.create(spec).eval()
-    try:
-        size = models.default_input_size(spec, model)
-    except InputError:
-        size = (3, 224, 224)
-    example = torch.randn(2, *size)
+    model, example = built(spec)
     before = sum(value.numel() for value in model.parameters())
     with log.stage("apply"):
         pruned = halve(model, example, 1 - KEEP, ALIGN)
     after = sum(value.numel() for value in pruned.parameters())
-    log.note(size=size, params=before, kept_params=after)
+    log.note(size=tuple(example.shape[1:]), params=before, kept_params=after)
     if after == before:
         raise RuntimeError("nothing was cut")
     with log.stage("train"):
         check_training(pruned, torch.cat([example, example])[:3])
-    folder = log.file.with_suffix("")
-    with log.stage("export"):
-        file = gp.export_onnx(pruned.eval(), folder / "pruned.onnx", example)
-    with log.stage("speed"):
-        dense, cut = OnnxRuntimeEngine().measure([onnx_bytes(model, example), file.read_bytes()], ROUNDS)
-        log.note(samples={"dense": dense.samples, "pruned": cut.samples})
-        log.note(speedup=float(np.median(dense.samples) / np.median(cut.samples)))
+    export_and_time(model, pruned, example, log)
 
 
 def graph_facts(graph: Any) -> dict[str, Any]:

@@ -123,11 +123,10 @@ def plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 def _forget_caches(module: fx.GraphModule) -> None:
     """Erase writes to buffers that get another size by them: what the code keeps there for its next call."""
-    for node in reversed(list(module.graph.nodes)):
-        if node.op != "call_function" or operator_name(node) != "copy_" or node.users:
-            continue
+    writes = [x for x in module.graph.nodes if x.op == "call_function" and operator_name(x) == "copy_" and not x.users]
+    for node in writes:
         buffer, value = node.args[:2]
-        if buffer.op == "get_attr" and buffer.meta["val"].shape != value.meta["val"].shape:  # type: ignore[union-attr]
+        if buffer.op == "get_attr" and buffer.meta["val"].shape != value.meta["val"].shape:
             module.graph.erase_node(node)
             module.recompile()
 

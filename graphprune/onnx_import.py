@@ -60,7 +60,8 @@ class OnnxModule(nn.Module):
         self.arrays: dict[str, NDArray[Any]] = {}
         self.places: dict[str, str] = {}
         weights: dict[str, Any] = {}
-        self.steps = tuple(self._with_layer(step, constants, steps, weights) for step in steps)
+        readers = _readers(steps)
+        self.steps = tuple(self._with_layer(step, constants, readers, weights) for step in steps)
         for name in dict.fromkeys(name for step in self.steps for name in step.inputs if name in constants):
             self._hold(name, constants[name])
 
@@ -110,14 +111,23 @@ class OnnxModule(nn.Module):
             owner.register_buffer(leaf, tensor)
 
     def _with_layer(
-        self, step: Step, constants: Mapping[str, NDArray[Any]], steps: Sequence[Step], weights: dict[str, Any]
+        self,
+        step: Step,
+        constants: Mapping[str, NDArray[Any]],
+        readers: Mapping[str, Sequence[Step]],
+        weights: dict[str, Any],
     ) -> Step:
         """The step with a torch layer in the place of its function, where there is one with the same meaning.
 
         `weights` are those of the layers so far, by the constant's name, so that layers share them as steps do.
         """
-        fixed = all(name in constants for name in step.inputs[1:] if name)
-        if step.operator not in _LAYERS or not fixed or not all(_alike(step, other) for other in steps):
+        names = [name for name in step.inputs[1:] if name]
+        fixed = all(name in constants for name in names)
+        if (
+            step.operator not in _LAYERS
+            or not fixed
+            or not all(_alike(step, x) for name in names for x in readers[name])
+        ):
             return step
         call = OnnxCall(
             step.operator, (None, *(constants.get(name) for name in step.inputs[1:])), step.attributes, opset=self.opset
@@ -254,10 +264,17 @@ def _attribute(attribute: onnx.AttributeProto) -> Any:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
+def _readers(steps: Sequence[Step]) -> dict[str, list[Step]]:
+    """The steps that read each value, by its name."""
+    readers: dict[str, list[Step]] = {}
+    for step in steps:
+        for name in dict.fromkeys(step.inputs):
+            readers.setdefault(name, []).append(step)
+    return readers
+
+
 def _alike(step: Step, other: Step) -> bool:
-    """Whether layers can stand for both steps: they share no constant, or it is the weight of the same operator."""
-    if not set(step.inputs[1:]) & set(other.inputs) - {""}:
-        return True
+    """Whether layers can stand for two steps that share a constant: it is the weight of the same operator."""
     same = (step.operator, step.attributes) == (other.operator, other.attributes)
     return same and step.inputs[1] == other.inputs[1] and step.inputs[1] not in other.inputs[2:] + other.inputs[:1]
 

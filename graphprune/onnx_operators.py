@@ -205,20 +205,12 @@ def _divide(one: Any, other: Any) -> Any:
     return torch.div(one, other, rounding_mode="trunc") if whole else one / other
 
 
-def _modulo(one: Any, other: Any) -> Any:
-    return torch.remainder(one, other) if isinstance(one, Tensor) or isinstance(other, Tensor) else one % other
-
-
 def _smaller(one: Any, other: Any) -> Any:
-    return torch.minimum(*map(_tensor, (one, other))) if isinstance(one, Tensor) else min(one, other)
+    return torch.minimum(one, other) if isinstance(one, Tensor) else min(one, other)
 
 
 def _larger(one: Any, other: Any) -> Any:
-    return torch.maximum(*map(_tensor, (one, other))) if isinstance(one, Tensor) else max(one, other)
-
-
-def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.as_tensor(value)
+    return torch.maximum(one, other) if isinstance(one, Tensor) else max(one, other)
 
 
 _BINARY: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]] = {
@@ -227,7 +219,7 @@ _BINARY: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]] 
     "Mul": (operator.mul, operator.mul),
     "Div": (_divide, _quotient),
     "Pow": (operator.pow, operator.pow),
-    "Mod": (_modulo, operator.mod),
+    "Mod": (torch.remainder, operator.mod),
     "Equal": (operator.eq, operator.eq),
     "Less": (operator.lt, operator.lt),
     "LessOrEqual": (operator.le, operator.le),

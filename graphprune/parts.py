@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from graphprune.errors import StepError
 from graphprune.graph import ModelGraph
-from graphprune.tracing import export, fresh_copy
+from graphprune.tracing import export, fresh_copy, module_paths
 
 
 @dataclass(frozen=True)
@@ -73,5 +73,4 @@ def _computes(node: fx.Node) -> bool:
 
 
 def _inside(node: fx.Node, path: str) -> bool:
-    stack = [entry[0] for entry in node.meta.get("nn_module_stack", {}).values() if isinstance(entry, tuple)]
-    return any(entry == path or entry.startswith(f"{path}.") for entry in stack)
+    return any(own == path or own.startswith(f"{path}.") for own in module_paths(node))

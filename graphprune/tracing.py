@@ -288,9 +288,14 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 def owner_path(node: fx.Node) -> str:
     """Path of the innermost module whose code made the call."""
-    stack = [entry for entry in node.meta.get("nn_module_stack", {}).values() if isinstance(entry, tuple)]
-    paths = [str(path) for path, _ in stack if not str(path).startswith("_empty_nn")]
+    paths = module_paths(node)
     return paths[-1] if paths else ""
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """Paths of the modules within which a call was made, from the outermost to the innermost."""
+    stack = [entry for entry in node.meta.get("nn_module_stack", {}).values() if isinstance(entry, tuple)]
+    return [str(path) for path, _ in stack if not str(path).startswith("_empty_nn")]
 
 
 def _pair(value: Any) -> tuple[int, int]:
