@@ -5,14 +5,16 @@
 One small representative of every timm module, common names, torchvision's classification families, segmentation
 networks and detection backbones; random weights. Each model has a process of its own, one thread and 120 seconds.
 Resumable: what is known of a model is kept in `--work`, and only models that are not done are run (`--again` those that
-failed as well). Writes `results/coverage.json`; with `--torch-pruning` the same of Torch-Pruning, in a work folder of
-its own, to `results/coverage_torch_pruning.json`. `--choose` writes the list of timm representatives anew.
+failed as well). Speed-ups are measured when all models are through, one after another. Writes `results/coverage.json`;
+with `--torch-pruning` the same of Torch-Pruning, in a work folder of its own, to `results/coverage_torch_pruning.json`.
+`--choose` writes the list of timm representatives anew.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -132,20 +134,16 @@ def built(spec: str) -> tuple[Any, Any]:
     return model, torch.randn(2, *size)
 
 
-def export_and_time(model: Any, pruned: Any, example: Any, log: Log) -> None:
-    """The last two stages: a file that ONNX Runtime runs with the right numbers, and its speed-up."""
-    import numpy as np
-
+def export(model: Any, pruned: Any, example: Any, log: Log) -> None:
+    """The last stage: a file that ONNX Runtime runs with the right numbers, and the dense one to time beside it."""
     import graphprune as gp
-    from graphprune.engines.onnxruntime import OnnxRuntimeEngine
     from graphprune.export import onnx_bytes
 
+    folder = log.file.with_suffix("")
     with log.stage("export"):
-        file = gp.export_onnx(pruned.eval(), log.file.with_suffix("") / "pruned.onnx", example)
-    with log.stage("speed"):
-        dense, cut = OnnxRuntimeEngine().measure([onnx_bytes(model, example), file.read_bytes()], ROUNDS)
-        log.note(samples={"dense": dense.samples, "pruned": cut.samples})
-        log.note(speedup=float(np.median(dense.samples) / np.median(cut.samples)))
+        gp.export_onnx(pruned.eval(), folder / "pruned.onnx", example)
+    with log.stage("export dense"):
+        (folder / "dense.onnx").write_bytes(onnx_bytes(model, example))
 
 
 def examine(spec: str, log: Log) -> None:
@@ -179,7 +177,7 @@ def examine(spec: str, log: Log) -> None:
         check_training(pruned, torch.cat([example, example])[:3])
     with log.stage("save"):
         check_saved(spec, model, graph, plan, pruned, log.file.with_suffix(""), example)
-    export_and_time(model, pruned, example, log)
+    export(model, pruned, example, log)
 
 
 def examine_torch_pruning(spec: str, log: Log) -> None:
@@ -199,7 +197,7 @@ def examine_torch_pruning(spec: str, log: Log) -> None:
         raise RuntimeError("nothing was cut")
     with log.stage("train"):
         check_training(pruned, torch.cat([example, example])[:3])
-    export_and_time(model, pruned, example, log)
+    export(model, pruned, example, log)
 
 
 def graph_facts(graph: Any) -> dict[str, Any]:
@@ -286,9 +284,15 @@ def one(spec: str, file: Path, torch_pruning: bool) -> None:
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
+def file_of(spec: str, options: argparse.Namespace) -> Path:
+    """Where the facts of a model stand."""
+    folder: Path = options.work
+    return folder / (spec.replace(":", "-").replace("?", "-").replace("&", "-") + ".json")
+
+
 def run(spec: str, options: argparse.Namespace) -> dict[str, Any]:
     """The facts of one model: those that are known, or those of a new process."""
-    file = options.work / (spec.replace(":", "-").replace("?", "-").replace("&", "-") + ".json")
+    file = file_of(spec, options)
     if file.exists():
         known: dict[str, Any] = json.loads(file.read_text())
         if known["stage"] == "done" or ("error" in known and not options.again):
@@ -311,6 +315,25 @@ def run(spec: str, options: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
+def time_files(facts: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The facts of a model with its speed-up; the two files are deleted once they are timed."""
+    import numpy as np
+
+    from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+
+    if facts["stage"] != "done" or "speedup" in facts:
+        return facts
+    folder = file.with_suffix("")
+    files = [folder / "dense.onnx", folder / "pruned.onnx"]
+    dense, pruned = OnnxRuntimeEngine().measure([each.read_bytes() for each in files], ROUNDS)
+    facts["samples"] = {"dense": dense.samples, "pruned": pruned.samples}
+    facts["speedup"] = float(np.median(dense.samples) / np.median(pruned.samples))
+    file.write_text(json.dumps(facts))
+    shutil.rmtree(folder)
+    print(f"{facts['model']:45} {facts['speedup']:5.2f}x", flush=True)
+    return facts
+
+
 def line(facts: dict[str, Any]) -> str:
     """One model in one line."""
     seconds = sum(facts["seconds"].values())
@@ -318,8 +341,7 @@ def line(facts: dict[str, Any]) -> str:
     share = f"{facts['cuttable_flops']:4.0%}" if "cuttable_flops" in facts else "    "
     kept = {True: "own class", False: "exported", None: ""}[facts.get("own_class")]
     kept += f", {facts['parts']} graphs" if facts.get("parts") else ""
-    faster = f"{facts['speedup']:5.2f}x" if "speedup" in facts else "      "
-    return f"{facts['model']:45} {facts['stage']:12} {share} {kept:20} {faster} {seconds:5.0f} s {end}"
+    return f"{facts['model']:45} {facts['stage']:12} {share} {kept:20} {seconds:5.0f} s {end}"
 
 
 def summary(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -346,7 +368,7 @@ def main() -> None:
     parser.add_argument("--models", default="", help="specs, separated by commas; all of the table by default")
     parser.add_argument("--sample", type=int, default=0, help="that many of them, drawn with seed 0")
     parser.add_argument("--limit", type=float, default=120, help="seconds per model")
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time; 1 where speed-ups are to be right")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time; speed-ups are measured after them")
     parser.add_argument("--again", action="store_true", help="also run models again that failed")
     parser.add_argument("--work", type=Path, default=Path("coverage_work"))
     parser.add_argument("--choose", action="store_true", help="write the list of timm's representatives anew")
@@ -364,6 +386,7 @@ def main() -> None:
         specs = random.Random(0).sample(specs, min(options.sample, len(specs)))
     with ThreadPoolExecutor(options.jobs) as pool:
         table = list(pool.map(lambda spec: run(spec, options), specs))
+    table = [time_files(facts, file_of(facts["model"], options)) for facts in table]
     for name, value in summary(table).items():
         print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
     if not options.models and not options.sample:

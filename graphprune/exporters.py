@@ -13,7 +13,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from graphprune.errors import InputError, StepError
@@ -21,7 +23,7 @@ from graphprune.fold import fold_pads
 from graphprune.spread import spread
 from graphprune.zeros import drop_zeros
 
-TIDY_NODES = 4000
+TIDY_NODES = 1000
 """Up to this many nodes onnxscript's rewriter runs over a graph: its time grows faster than they do (65 s for the 7,372
 of a coat_tiny, 4 s for the 1,530 of a cait_xxs24). ONNX Runtime runs both files equally fast."""
 
@@ -136,20 +138,32 @@ def by_dynamo(request: Request) -> ir.Model:
     axes: tuple[Any, ...] = tuple({0: batch} if batched else None for batched in request.batched)
     if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(request.model.forward).parameters.values()):
         axes = (axes,)
-    program = torch.onnx.export(
-        request.model,
-        request.inputs,
-        input_names=request.input_names,
-        output_names=request.output_names,
-        opset_version=request.opset,
-        dynamic_shapes=axes if request.dynamic else None,
-        dynamo=True,
-        verbose=False,
-        optimize=False,
-    )
+    with _ContiguousPooling():
+        program = torch.onnx.export(
+            request.model,
+            request.inputs,
+            input_names=request.input_names,
+            output_names=request.output_names,
+            opset_version=request.opset,
+            dynamic_shapes=axes if request.dynamic else None,
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+        )
     if program is None:
         raise StepError("the exporter returned nothing")
     return tidy(program.model)
+
+
+class _ContiguousPooling(TorchFunctionMode):
+    """Global pooling of a channels-last tensor is traced to `as_strided`, which ONNX can only write as a gather."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (F.adaptive_avg_pool2d, torch.ops.aten.adaptive_avg_pool2d.default):
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def tidy(model: ir.Model) -> ir.Model:

@@ -70,6 +70,8 @@ class Layer:
     operator: Operator
     standard: bool = False
     """The owning module is a plain torch layer, so that it may be replaced by another with the same meaning."""
+    widths: tuple[Form, Form] | None = None
+    """The width of an attention product's queries, and that of its values."""
 
     def after(self, sizes: Mapping[int, int], window: Window | None = None) -> Operator:
         """The operator when atom `a` keeps `sizes[a]` units and the kernel keeps a window."""
@@ -81,7 +83,10 @@ class Layer:
             return cut.window(*window) if window else cut
         if isinstance(given, Linear):
             return replace(given, inputs=inputs, outputs=outputs)
-        return replace(given, heads=inputs) if isinstance(given, Attention) else given
+        if isinstance(given, Attention) and self.widths:
+            width, value_width = (form.kept_size(sizes) for form in self.widths)
+            return replace(given, heads=inputs, width=width, value_width=value_width)
+        return given
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,22 @@ def _group(graph: ModelGraph, streams: _Streams, atom: int, members: list[Member
     weighted = [layer for layer in graph.layers if not isinstance(layer.operator, Attention)]
     producers = [layer for layer in weighted if atom in layer.outputs.atoms()]
     consumers = [layer for layer in weighted if atom in layer.inputs.atoms()]
-    kind = "heads" if attentions else _kind(graph, streams, atom, producers, consumers)
+    kind = "heads" if attentions else _within_heads(graph, atom)
+    kind = kind or _kind(graph, streams, atom, producers, consumers)
     first = attentions or producers or consumers
     name = first[0].module or first[0].node if first else members[0].parameter
     return Group(
         atom, name, kind, graph.atom_sizes[atom], tuple(members),
         tuple(layer.node for layer in producers), tuple(layer.node for layer in consumers), graph.atom_frozen[atom],
     )  # fmt: skip
+
+
+def _within_heads(graph: ModelGraph, atom: int) -> str:
+    """What an atom is that attention runs over within each head; empty if none does."""
+    widths = [layer.widths for layer in graph.layers if layer.widths]
+    if any(atom in queries.atoms() for queries, _ in widths):
+        return "query-key"
+    return "value" if any(atom in values.atoms() for _, values in widths) else ""
 
 
 def _kind(graph: ModelGraph, streams: _Streams, atom: int, producers: list[Layer], consumers: list[Layer]) -> str:
@@ -77,19 +86,22 @@ def _kind(graph: ModelGraph, streams: _Streams, atom: int, producers: list[Layer
         return "other"
     if atom in streams.added:
         return "width"
-    if narrow and _is_hidden(producers, consumers):
+    if _is_hidden(producers, consumers):
         return "hidden"
     many = len(producers) > 1 and len(consumers) > 1
     return "width" if narrow and (many or atom in streams.normalised) else "other"
 
 
 def _is_hidden(producers: list[Layer], consumers: list[Layer]) -> bool:
-    """Whether linear layers of one module write and others read it, as inside an MLP; a gate makes it two writers."""
+    """Whether linear layers write and others read it, as inside an MLP; a gate makes it two writers.
+
+    Depthwise convolutions may lie between them.
+    """
     layers = producers + consumers
-    apart = not {layer.node for layer in producers} & {layer.node for layer in consumers}
-    linear = all(isinstance(layer.operator, Linear) for layer in layers)
-    one_step = len({layer.module.rpartition(".")[0] for layer in layers}) == 1
-    return apart and linear and one_step and len(producers) <= 2
+    between = {layer.node for layer in producers} & {layer.node for layer in consumers}
+    linear = all(isinstance(layer.operator, Linear) for layer in layers if layer.node not in between)
+    depthwise = all(layer.groups is not None for layer in layers if layer.node in between)
+    return linear and depthwise and 0 < len(producers) - len(between) <= 2 and len(consumers) > len(between)
 
 
 def _order(graph: ModelGraph, group: Group) -> tuple[int, int]:
@@ -135,7 +147,9 @@ def _branch_site(graph: ModelGraph, branch: Branch) -> Site:
 
 
 def _atoms(layer: Layer) -> set[int]:
-    return set().union(*(form.atoms() for form in (layer.inputs, layer.outputs, layer.groups) if form))
+    return set().union(
+        *(form.atoms() for form in (layer.inputs, layer.outputs, layer.groups, *(layer.widths or ())) if form)
+    )
 
 
 def _has_kernel(graph: ModelGraph, layer: Layer) -> bool:

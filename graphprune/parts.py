@@ -1,6 +1,6 @@
 """Parts: modules of a network that are exported on their own, where their code holds a size that nothing reaches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,19 @@ def export_parts(
     else on its own than in the model.
     """
     calls = _calls(fresh_copy(model), paths, inputs)
-    return [_export_part(model, graph, path, calls[path]) for path in paths]
+    programs: dict[Hashable, torch.export.ExportedProgram] = {}
+    parts = []
+    for path in paths:
+        if len(calls[path]) != 1:
+            raise StepError(f"{path!r} is called {len(calls[path])} times")
+        whole = [node for node in graph.exported.graph.nodes if _computes(node) and _inside(node, path)]
+        same = _fingerprint(graph, whole, path)
+        if same not in programs:
+            programs[same] = export(fresh_copy(model.get_submodule(path)), *calls[path][0])
+        parts.append(_part(path, whole, programs[same]))
+        if not set(programs[same].constants) <= dict(model.get_submodule(path).named_buffers()).keys():
+            del programs[same]  # it holds values that may be another module's
+    return parts
 
 
 def holds_node(graph: ModelGraph, path: str, names: Sequence[str]) -> bool:
@@ -38,15 +50,25 @@ def holds_node(graph: ModelGraph, path: str, names: Sequence[str]) -> bool:
     return bool(names) and any(node.name in names and _inside(node, path) for node in graph.exported.graph.nodes)
 
 
-def _export_part(model: nn.Module, graph: ModelGraph, path: str, calls: list[tuple[Any, Any]]) -> Part:
-    if len(calls) != 1:
-        raise StepError(f"{path!r} is called {len(calls)} times")
-    program = export(fresh_copy(model.get_submodule(path)), *calls[0])
-    whole = [node for node in graph.exported.graph.nodes if _computes(node) and _inside(node, path)]
+def _part(path: str, whole: Sequence[fx.Node], program: torch.export.ExportedProgram) -> Part:
     own = [node for node in program.graph.nodes if _computes(node)]
     if [node.target for node in whole] != [node.target for node in own]:
         raise StepError(f"{path!r} on its own is another graph than within the model")
     return Part(path, program, {there.name: here.name for there, here in zip(whole, own, strict=True)})
+
+
+def _fingerprint(graph: ModelGraph, nodes: Sequence[fx.Node], path: str) -> Hashable:
+    """Equal for modules whose calls are the same, on tensors of the same shapes and of the same names within them."""
+    signature = graph.exported.graph_signature
+    tensors = signature.inputs_to_parameters | signature.inputs_to_buffers
+    known = {node: f"%{number}" for number, node in enumerate(nodes)}
+
+    def told(x: fx.Node) -> str:
+        if x.name in tensors:
+            known.setdefault(x, tensors[x.name].removeprefix(f"{path}."))
+        return known.setdefault(x, f"%outer {len(known)}") + str(getattr(x.meta.get("val"), "shape", ""))
+
+    return tuple((str(node.target), str(fx.node.map_arg((node.args, node.kwargs), told)), told(node)) for node in nodes)
 
 
 def _calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[torch.Tensor]) -> dict[str, list[tuple[Any, Any]]]:

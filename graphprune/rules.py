@@ -109,7 +109,6 @@ def _attention(call: Call) -> Axes:
     unify(query[-1], key[-1], call.reason)
     if call["scale"] is None:
         freeze(query[-1], f"the attention scale is computed from it ({call.reason})")
-    freeze(value[-1], f"the value width stays ({call.reason})")
     unify(key[-2], value[-2], call.reason)
     if call["is_causal"]:
         for axis in (query[-2], key[-2]):

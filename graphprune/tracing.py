@@ -233,11 +233,12 @@ class _Walk:
         if name == "scaled_dot_product_attention":
             heads = call.extra.get("heads")
             operator = _attention(call["query"], call["key"], call["value"])
-            return Layer(node.name, module, "", heads, heads, None, operator) if heads else None  # type: ignore[arg-type]
+            widths = forms[call["query"]][0][-1], forms[call["value"]][0][-1]
+            return Layer(node.name, module, "", heads, heads, None, operator, False, widths) if heads else None  # type: ignore[arg-type]
         if name == "matmul" and (product := _attended(node)) is not None and len(forms[node][0]) > 3:
-            heads = forms[node][0][-3]  # type: ignore[assignment]
-            operator = _attention(product.args[0], product.args[1], node.args[1], transposed=True)
-            return Layer(node.name, module, "", heads, heads, None, operator)  # type: ignore[arg-type]
+            query, key, value = product.args[0], product.args[1], node.args[1]
+            heads, widths = forms[node][0][-3], (forms[query][0][-1], forms[value][0][-1])  # type: ignore[assignment,index]
+            return Layer(node.name, module, "", heads, heads, None, _attention(query, key, value, True), False, widths)  # type: ignore[arg-type]
         if name not in ("conv2d", "linear"):
             return None
         weight = call["weight"]

@@ -198,7 +198,7 @@ class Attention(nn.Module):
             packed = self.weights["qkv"](y).reshape(batch, count, 3, self.num_heads, self.head_dim)
             q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            shape = (batch, count, self.num_heads, self.head_dim)
+            shape = (batch, count, self.num_heads, -1)
             q, k, v = (self.weights[name](y).view(shape).transpose(1, 2) for name in "qkv")
         if self.fused_product:
             z = functional.scaled_dot_product_attention(q, k, v)

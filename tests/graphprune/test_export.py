@@ -57,6 +57,19 @@ class Fixed(nn.Module):
         return x * 2 if int(x.shape[0]) == 3 else x * 3
 
 
+class PooledLast(nn.Module):
+    """Global pooling of a channels-last tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.layer_norm(self.stem(x).permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2)
+        return self.head(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
@@ -116,6 +129,13 @@ def test_fused_attention(tmp_path: Path) -> None:
     path = export_onnx(model, tmp_path / "vit.onnx", torch.randn(2, 3, 32, 32))
     for source in (path, onnx_bytes(model, torch.randn(2, 3, 32, 32))):
         agree(model, source, {"x": torch.randn(3, 3, 32, 32)})
+
+
+def test_pooling_of_a_channels_last_tensor_gathers_nothing(tmp_path: Path) -> None:
+    model = PooledLast()
+    path = export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 3, 9, 8))
+    assert operators(path)["Gather"] == 0
+    agree(model, path, {"x": torch.randn(3, 3, 9, 8)})
 
 
 def test_several_inputs_and_outputs(tmp_path: Path) -> None:

@@ -165,6 +165,26 @@ def test_sites_of_a_vision_transformer() -> None:
     ]  # fmt: skip
 
 
+class GatedConvolution(nn.Module):
+    """A gate over units of which some pass a depthwise convolution first, as MambaOut has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"up": nn.Linear(12, 16), "down": nn.Linear(8, 12)})
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, groups=3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, passed, convolved = self.inner["up"](x).split((8, 5, 3), -1)
+        convolved = self.conv(convolved.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.inner["down"](gate * torch.cat([passed, convolved], -1))
+
+
+def test_units_behind_a_depthwise_convolution_are_hidden_ones() -> None:
+    graph = trace(GatedConvolution(), torch.randn(2, 5, 5, 12))
+    free = [(group.kind, group.size) for group in graph.all_groups if not group.frozen]
+    assert free == [("hidden", 5), ("hidden", 3)]
+
+
 def _network(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     build, inputs = networks.NETWORKS[name]
     return build(), inputs

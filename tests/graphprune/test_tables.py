@@ -50,8 +50,8 @@ def profile(tmp_path: Path) -> Profile:
     return Profile(FakeEngine(), cache=tmp_path / "timings.jsonl")
 
 
-def line(text: str, name: str) -> str:
-    (found,) = [line for line in text.splitlines() if line.split()[:1] == [name]]
+def line(text: str, *start: str) -> str:
+    (found,) = [line for line in text.splitlines() if line.split()[: len(start)] == list(start)]
     return found
 
 
@@ -147,7 +147,7 @@ def test_everything_is_measured_together(graph: ModelGraph, profile: Profile, mo
 
 def test_reasons_for_an_empty_site(vit: ModelGraph, graph: ModelGraph, profile: Profile) -> None:
     explicit = trace(Attention(fused_weights=True, fused_product=False), tokens())
-    assert line(str(explicit.sites()), "weights.qkv#1/other").endswith("no pattern cuts it")
+    assert line(str(explicit.sites()), "weights.qkv/query-key").endswith("no pattern cuts it")
     single = trace(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)), torch.zeros(2, 3, 8, 8))
     assert line(str(single.sites(profile)), "0/channels").endswith("too small for a level (blocks of 16)")
 
@@ -204,9 +204,9 @@ def test_what_repeats_is_told_once(tmp_path: Path) -> None:
     for number in (1, 2):
         assert line(sites, f"blocks.{number}.mlp.fc1/hidden").endswith(" as blocks.0.mlp.fc1/hidden")
     groups = str(deep.groups())
-    assert line(groups, "blocks.0.attn.qkv#2").split("no: ")[1].startswith("the attention scale")
-    assert line(groups, "blocks.2.attn.qkv#2").endswith("no: as blocks.0.attn.qkv#2")
-    assert line(groups, "blocks.0.attn.qkv#1").endswith("no: taken apart (unbind)")  # it is in blocks.0.attn: known
+    assert line(groups, "blocks.0.attn.qkv", "query-key").split("no: ")[1].startswith("the attention scale")
+    assert line(groups, "blocks.2.attn.qkv", "query-key").endswith("no: as blocks.0.attn.qkv")
+    assert line(groups, "blocks.0.attn.qkv", "other").endswith("no: taken apart (unbind)")
 
 
 def test_lines_break_between_levels_only(graph: ModelGraph, profile: Profile) -> None:

@@ -32,6 +32,12 @@ def test_never_all_or_none_and_not_many(heads: int) -> None:
     assert len(found) == len(set(found)) <= 15
 
 
+def test_levels_of_a_values_width() -> None:
+    """Quarters of whole blocks: a unit is one row in each of the heads."""
+    site = Site("a", "value", 64, (), "a", atom=0, unit=3)
+    assert [level.count for level in Heads().levels(site, 16)] == [48, 32, 16]
+
+
 def by_hand(model: Attention, x: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
     """Head by head with the dense weights, the scale that of the dense width."""
     x = model.stem(x)
@@ -62,3 +68,28 @@ def test_attention_over_the_kept_heads(fused_product: bool) -> None:
         with torch.no_grad():
             got, expected = pruned(x), by_hand(model, x, keep)
         assert np.allclose(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fused_product", [True, False])
+def test_narrower_values(fused_product: bool) -> None:
+    """Values that are projected apart: some of their columns in every head, queries and keys as they were."""
+    model = scramble(Attention(False, fused_product, heads=2, width=4))
+    assert isinstance(model, Attention)
+    (x,) = (each.double() for each in tokens())
+    graph = trace(model, x)
+    (site,) = [site for site in graph.all_sites if site.kind == "value"]
+    assert (site.size, site.unit) == (4, 2)
+    keep = [0, 2, 3]
+    pruned = perform(model, graph, Heads().rewrite(site, tuple(keep))).model
+    with torch.no_grad():
+        stem = model.stem(x)
+        y = functional.layer_norm(stem, (12,), model.norm.weight, model.norm.bias, model.norm.eps)
+        q, k, v = (model.weights[name](y).unflatten(-1, (2, 4)).transpose(1, 2) for name in "qkv")
+        z = torch.softmax(q @ k.mT / 4**0.5, -1) @ v[..., keep]
+        weight = model.proj.weight.unflatten(1, (2, 4))[:, :, keep].flatten(1)
+        expected = model.head(stem + functional.linear(z.transpose(1, 2).flatten(2), weight, model.proj.bias))
+        assert np.allclose(pruned(x), expected, rtol=0, atol=1e-12)
+    assert pruned.get_parameter("proj.weight").shape == (12, 6)
+    layer = next(layer for layer in graph.layers if layer.widths)
+    smaller = layer.after({site.atom: 3})
+    assert (smaller.heads, smaller.width, smaller.value_width) == (2, 4, 3)
