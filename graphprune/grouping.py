@@ -61,6 +61,8 @@ def _group(graph: ModelGraph, streams: _Streams, atom: int, members: list[Member
     consumers = [layer for layer in weighted if atom in layer.inputs.atoms()]
     kind = "heads" if attentions else _within_heads(graph, atom)
     kind = kind or _kind(graph, streams, atom, producers, consumers)
+    if kind == "hidden" and min(member.rows for member in members) > 1:
+        kind = "other"  # a width within heads that no known attention runs over
     first = attentions or producers or consumers
     name = first[0].module or first[0].node if first else members[0].parameter
     return Group(
