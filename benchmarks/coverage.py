@@ -222,10 +222,14 @@ def difference_to_masked(model: Any, graph: Any, plan: Any, example: Any) -> flo
 
     import torch
 
+    import graphprune as gp
     from graphprune.surgery import operate
     from tests.graphprune.oracle import masked_outputs, outputs_of, relative_error, scramble
 
     double = scramble(copy.deepcopy(model), dtype=torch.float64)
+    if graph.exported.constants:  # they are of the precision that was traced
+        graph = gp.trace(double, example.double())
+        plan = gp.uniform_plan(graph, KEEP, align=ALIGN)
     expected = masked_outputs(graph, plan, double, [example.double()])
     floats = [x.is_floating_point() for x in expected]
     got = outputs_of(operate(double, graph, plan).model, [example.double()])

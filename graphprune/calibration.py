@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from graphprune.exported import plain_module
 from graphprune.graph import Layer, ModelGraph
 from graphprune.operators import Convolution, Operator
-from graphprune.tracing import operator_name
+from graphprune.tracing import attended, operator_name
 from graphprune.window import padded
 
 ROWS_PER_FEATURE = 32
@@ -54,12 +54,17 @@ class Moments:
 class Statistics(dict[str, Moments]):
     """Moments of each layer with a weight, by the name of its node.
 
-    `branches` holds, by the node of its addition, E|branch|^2 / E|sum|^2 of each residual branch.
+    `branches` holds, by the node of its addition, E|branch|^2 / E|sum|^2 of each residual branch. `scores` holds, by
+    the node of an attention product, E[s s^T] [width, width] summed over heads, where s_j = q_j k_j is what column j
+    of queries and keys adds to a score, keys around their mean over the tokens (softmax takes up what all share).
     """
 
-    def __init__(self, moments: Mapping[str, Moments], branches: Mapping[str, float]) -> None:
+    def __init__(
+        self, moments: Mapping[str, Moments], branches: Mapping[str, float], scores: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__(moments)
         self.branches = dict(branches)
+        self.scores = dict(scores or {})
 
 
 def calibrate(
@@ -67,7 +72,7 @@ def calibrate(
     batches: Sequence[Tensor],
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
-    """Collect the moments of all convolutions and linear layers, and the energies of all residual branches.
+    """Collect the moments of all layers and attention scores, and the energies of all residual branches.
 
     `batches` are input batches [N, ...] of a model with one input. Memory: features^2 numbers per layer.
     """
@@ -76,7 +81,9 @@ def calibrate(
     images = sum(len(batch) for batch in batches)
     rows = {name: max(LEAST_ROWS, ROWS_PER_FEATURE * _features(layer)) for name, layer in layers.items()}
     per_image = {name: -(-wanted // images) for name, wanted in rows.items()}
-    collector = _Collector(module, layers, per_image, {branch.node: branch.skip for branch in graph.branches})
+    products = {score_node(graph, layer): layer.node for layer in graph.layers if _has_free_width(graph, layer)}
+    skips = {branch.node: branch.skip for branch in graph.branches}
+    collector = _Collector(module, layers, per_image, skips, products)
     with torch.no_grad():
         for number, batch in enumerate(batches):
             collector.run(batch)
@@ -85,7 +92,19 @@ def calibrate(
     weights = graph.exported.state_dict
     moments = {name: collector.moments(layer, weights[layer.weight]) for name, layer in layers.items()}
     shares = {name: float(branch / whole.clamp_min(1e-30)) for name, (branch, whole) in collector.energies.items()}
-    return Statistics(moments, shares)
+    return Statistics(moments, shares, collector.scores)
+
+
+def score_node(graph: ModelGraph, layer: Layer) -> str:
+    """The node that multiplies queries and keys: that of the attention layer, or the first of its two products."""
+    node = graph.calls[layer.node].node
+    product = None if operator_name(node) == "scaled_dot_product_attention" else attended(node)
+    return product.name if product is not None else layer.node
+
+
+def _has_free_width(graph: ModelGraph, layer: Layer) -> bool:
+    """Whether columns of queries and keys may be cut: not where they are tokens or pixels."""
+    return layer.widths is not None and any(not graph.atom_frozen[atom] for atom in layer.widths[0].atoms())
 
 
 def _features(layer: Layer) -> int:
@@ -104,8 +123,11 @@ class _Collector(fx.Interpreter):
         layers: Mapping[str, Layer],
         per_image: Mapping[str, int],
         skips: Mapping[str, str],
+        products: Mapping[str, str],
     ) -> None:
         super().__init__(module)
+        self.products = products
+        self.scores: dict[str, Tensor] = {}
         self.skips = skips
         self.energies: dict[str, tuple[Tensor, Tensor]] = {}
         self.layers = layers
@@ -119,6 +141,9 @@ class _Collector(fx.Interpreter):
             layer = self.layers[n.name]
             positions = positions_of(layer, self.per_image[n.name], self.random)
             self._add(n.name, vectors(arguments[0], layer.operator, positions))
+        if n.name in self.products:
+            (query, key, *_), _ = self.fetch_args_kwargs_from_env(n)
+            self._add_scores(self.products[n.name], query, key if self.products[n.name] == n.name else key.mT)
         if n.name in self.skips:
             self._add_energies(n)
         return super().run_node(n)
@@ -130,6 +155,14 @@ class _Collector(fx.Interpreter):
         energies = [torch.linalg.vector_norm(x, dtype=torch.float64) ** 2 for x in (branch, sum(arguments[:2]))]
         before = self.energies.get(node.name, (0, 0))
         self.energies[node.name] = (energies[0] + before[0], energies[1] + before[1])
+
+    def _add_scores(self, name: str, query: Tensor, key: Tensor) -> None:
+        """Query and key [..., heads, tokens, width]; keys may have fewer heads (grouped queries)."""
+        key = key - key.mean(-2, keepdim=True)
+        of_queries, of_keys = (x.double().mT @ x.double() / x.shape[-2] for x in (query, key))
+        times = query.shape[-3] // key.shape[-3]
+        products = of_queries * of_keys.repeat_interleave(times, -3)
+        self.scores[name] = self.scores.get(name, 0) + products.flatten(0, -3).sum(0)
 
     def _add(self, name: str, vectors: Tensor) -> None:
         second = torch.bmm(vectors.transpose(1, 2), vectors).double()

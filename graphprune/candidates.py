@@ -16,7 +16,7 @@ import torch
 from graphprune.axes import Indices
 from graphprune.calibration import Statistics
 from graphprune.cases import operators
-from graphprune.compensation import Consumer, filter_errors, rank_units, solve
+from graphprune.compensation import Consumer, ScoreProduct, filter_errors, rank_units, score_error, solve
 from graphprune.cuts import Cuts, checked, join
 from graphprune.graph import Layer, ModelGraph, Patch, Site
 from graphprune.operators import Convolution, Operator
@@ -77,7 +77,8 @@ class Candidates:
 
     def _scores(self, site: Site) -> Scores:
         """How much each unit of a group matters: to its consumers where calibrated, else by weight magnitude."""
-        consumers = [c for node in site.layers if (c := self._consumer(site, self.graph.layer[node])) is not None]
+        layers = [self.graph.layer[node] for node in site.layers]
+        consumers = [x for layer in layers for x in (self._consumer(site, layer), self._product(site, layer)) if x]
         if consumers:
             return rank_units(consumers, site.size)
         return magnitudes(self.graph, site.atom)
@@ -100,6 +101,12 @@ class Candidates:
         channels = torch.from_numpy(unit_rows(layer.inputs, site.atom, site.size))
         features = channels[:, :, None] * taps + torch.arange(taps)
         return Consumer(moments, features.flatten(1))
+
+    def _product(self, site: Site, layer: Layer) -> ScoreProduct | None:
+        scores = self.statistics.scores.get(layer.node)
+        if scores is None or not self._reads(site, layer):
+            return None
+        return ScoreProduct(scores, torch.from_numpy(unit_rows(layer.widths[0], site.atom, site.size)))  # type: ignore[index]
 
     # --- tables --------------------------------------------------------------------------------------------------
 
@@ -189,7 +196,8 @@ class Candidates:
         factors = self._own_errors()
         for layer in self.graph.layers:
             sites = [number for number in self._touching(layer) if self._matters(self.sites[number], layer)]
-            if layer.node in self.statistics and any(self.sites[number].branch is None for number in sites):
+            known = layer.node in self.statistics or layer.node in self.statistics.scores
+            if known and any(self.sites[number].branch is None for number in sites):
                 factors += self._factors(layer, sites, lambda cuts, layer=layer: self._layer_error(layer, cuts))  # type: ignore[misc]
         return _sum(0.0, factors + self._uncalibrated(factors))
 
@@ -207,12 +215,18 @@ class Candidates:
         return site.branch is not None or self._reads(site, layer)
 
     def _reads(self, site: Site, layer: Layer) -> bool:
+        if layer.widths:
+            return site.atom in layer.widths[0].atoms()
         dense = layer.groups is None
         return site.kind == "kernel" or (dense and site.atom in layer.inputs.atoms())
 
     def _layer_error(self, layer: Layer, cuts: Cuts) -> float:
         if cuts.drops(layer):  # what the branch was worth is the branch's own error
             return 0.0
+        if layer.widths:
+            gone = torch.ones(layer.widths[0].size, dtype=torch.bool)
+            gone[torch.from_numpy(layer.widths[0].kept(cuts.keep))] = False
+            return score_error(self.statistics.scores[layer.node], gone)
         moments = self.statistics[layer.node]
         if layer.node in {*cuts.mixes, *cuts.groups}:
             return self._patches_error(layer, cuts)

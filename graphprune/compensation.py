@@ -60,9 +60,22 @@ class Consumer:
     features: Tensor
 
 
-def rank_units(consumers: Sequence[Consumer], units: int) -> NDArray[np.float64]:
+@dataclass(frozen=True)
+class ScoreProduct:
+    """An attention product that reads a group: moments [width, width] of its scores, and the columns of each unit."""
+
+    moments: Tensor
+    columns: Tensor
+
+
+def score_error(moments: Tensor, gone: Tensor) -> float:
+    """What the scores lose, as a share of their energy, when some columns of queries and keys are gone (a mask)."""
+    return float(moments[gone][:, gone].sum() / moments.sum().clamp_min(1e-30))
+
+
+def rank_units(consumers: Sequence[Consumer | ScoreProduct], units: int) -> NDArray[np.float64]:
     """Scores [units] of a group's units for its consumers: the later a unit is removed, the higher its score."""
-    states = [_State(consumer) for consumer in consumers]
+    states = [_State(x) if isinstance(x, Consumer) else _ScoreState(x) for x in consumers]
     scores = np.full(units, float(units))
     alive = torch.ones(units, dtype=torch.bool)
     removed, batch = 0, max(1, units // STEPS)
@@ -107,6 +120,24 @@ class _State:
         self.inverse = self.inverse - side @ self.inverse[columns]
         self.weight[:, columns] = 0
         self.gone[units] = True
+
+
+class _ScoreState:
+    """The columns of an attention product that are gone. Nothing takes over what they were."""
+
+    def __init__(self, product: ScoreProduct) -> None:
+        self.moments, self.columns = product.moments, product.columns
+        self.gone = torch.zeros(len(product.moments), dtype=torch.bool)
+
+    def saliency(self) -> Tensor:
+        """The error that removing each unit adds to that of the units that are gone."""
+        before = self.moments[self.gone].sum(0)
+        blocks = self.moments[self.columns[:, :, None], self.columns[:, None, :]].sum((1, 2))
+        return (blocks + 2 * before[self.columns].sum(1)) / self.moments.sum().clamp_min(1e-30)
+
+    def remove(self, units: Tensor) -> None:
+        """Take units out."""
+        self.gone[self.columns[units].reshape(-1)] = True
 
 
 def rank_by_magnitude(weights: Sequence[tuple[Tensor, int, Tensor]], units: int) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from torch import nn
 
@@ -53,6 +54,10 @@ class Workbench:
         sums = [branch.node for branch in branches]
         whole = not any(holds_node(self.graph, part.path, sums) for part in self.route.parts)
         return whole and perform(self.model, self.graph, Cuts(dropped=branches)).own_class
+
+    def settled(self, cuts: Cuts) -> Self:
+        """A bench for these cuts alone, whose route leaves every module as it is that they do not need as a graph."""
+        return replace(self, route=perform(self.model, self.graph, cuts).route)
 
     def cut(self, cuts: Cuts) -> nn.Module:
         """A cut copy with the sliced weights."""

@@ -75,7 +75,7 @@ def _within_heads(graph: ModelGraph, atom: int) -> str:
     """What an atom is that attention runs over within each head; empty if none does."""
     widths = [layer.widths for layer in graph.layers if layer.widths]
     if any(atom in queries.atoms() for queries, _ in widths):
-        return "query-key"
+        return "head-width"
     return "value" if any(atom in values.atoms() for _, values in widths) else ""
 
 

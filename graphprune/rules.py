@@ -103,12 +103,18 @@ def _matmul(call: Call) -> Axes:
     return [*broadcast(call, [one[:-2], other[:-2]]), one[-2], other[-1]]
 
 
-@operator("scaled_dot_product_attention")
+def _dense_scale(call: Call, out: Any, size: Sizes) -> dict[str, Any]:
+    """A scale that the operator computes from the width is written out once the width is another."""
+    width = call.extra["width"]
+    given = call["scale"] is not None or size(width) == width.size
+    return {"scale": call["scale"] if given else width.size**-0.5}
+
+
+@operator("scaled_dot_product_attention", literals=_dense_scale)
 def _attention(call: Call) -> Axes:
     query, key, value = call.axes("query"), call.axes("key"), call.axes("value")
     unify(query[-1], key[-1], call.reason)
-    if call["scale"] is None:
-        freeze(query[-1], f"the attention scale is computed from it ({call.reason})")
+    call.extra["width"] = query[-1]
     unify(key[-2], value[-2], call.reason)
     if call["is_causal"]:
         for axis in (query[-2], key[-2]):

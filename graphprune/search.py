@@ -34,6 +34,7 @@ from graphprune.registry import agent as create_agent
 from graphprune.registry import chosen_patterns
 from graphprune.repair import make_reference
 from graphprune.result import Result
+from graphprune.routes import Route
 from graphprune.study import Study, label
 from graphprune.surgery import remember
 from graphprune.target import Target
@@ -247,7 +248,7 @@ class _Session:
         ranked = sorted((r for r in problem.records if r.accuracy is not None), key=lambda r: r.rank, reverse=True)
         plans = list({record.plan: record for record in ranked}.values())
         fastest = min(plans, key=lambda record: record.predicted["latency"])
-        seen: list[tuple[float, Record, nn.Module]] = []
+        seen: list[tuple[float, Record, nn.Module, Route]] = []
         failures: list[str] = []
         self.progress("verify", 0, FINALISTS + 1, agent)
         slowest = inf  # what is predicted no faster than a plan that just missed the target would miss it too
@@ -256,11 +257,11 @@ class _Session:
             if record is not fastest and (record.predicted["latency"] > slowest or tried >= FINALISTS):
                 continue
             try:
-                excess, checked, pruned = self._verified(record, evaluator)
+                seen.append(self._verified(record, evaluator))
             except Exception as error:  # whatever a candidate does wrong, the next one may hold
                 failures.append(f"{type(error).__name__}: {error}")
                 continue
-            seen.append((excess, checked, pruned))
+            excess, checked = seen[-1][:2]
             slowest = record.predicted["latency"] - excess / 2
             note = f"{agent}: {checked.measured.value:.3f} of dense latency" if checked.measured else agent
             self.progress("verify", tried + 1, FINALISTS + 1, note)
@@ -268,22 +269,24 @@ class _Session:
                 break
         if not seen:
             raise StepError(f"no plan of {agent} could be verified: {failures[0]}")
-        excess, record, pruned = seen[-1] if seen[-1][0] <= 0 else min(seen, key=lambda entry: entry[0])
+        excess, record, pruned, route = seen[-1] if seen[-1][0] <= 0 else min(seen, key=lambda entry: entry[0])
         return Result(
             pruned, self.module, self.graph, record.plan, record, self.dense, self.target,
-            records=tuple(problem.records), met=excess <= 0, notes=tuple(self._notes(record, excess)),
+            records=tuple(problem.records), met=excess <= 0, notes=tuple(self._notes(record, excess, route)),
         )  # fmt: skip
 
-    def _verified(self, record: Record, evaluator: Evaluator) -> tuple[float, Record, nn.Module]:
+    def _verified(self, record: Record, evaluator: Evaluator) -> tuple[float, Record, nn.Module, Route]:
         """By how much the worst bound is missed, the record with the new measurement, and the pruned model."""
-        pruned = self.bench.build(self.candidates.cuts(self._choices(record.plan)))
+        cuts = self.candidates.cuts(self._choices(record.plan))
+        bench = self.bench.settled(cuts)
+        pruned = bench.build(cuts)
         measured = self.study.verified(record.plan)
         if measured is None:
             measured = evaluator.measure(pruned, VERIFY_ROUNDS, fresh=engines.settings_of(self.engine) is not None)
             self.study.keep_verified(replace(record, measured=measured))
         checked = replace(record, measured=measured)
         excess = max(self._excess(checked).values())
-        return excess, replace(checked, feasible=excess <= 0), pruned
+        return excess, replace(checked, feasible=excess <= 0), pruned, bench.route
 
     def _excess(self, record: Record) -> dict[str, float]:
         """By how much each bound is missed (negative: kept), latency by the upper end of its interval."""
@@ -308,17 +311,17 @@ class _Session:
             )
         return tuple(vector)
 
-    def _notes(self, record: Record, excess: float) -> list[str]:
+    def _notes(self, record: Record, excess: float, route: Route) -> list[str]:
         notes = []
         if excess > 0:
             worst = max(self._excess(record), key=lambda name: self._excess(record)[name])
             notes.append(f"the target was missed: {worst} is {self._excess(record)[worst]:.3f} above its limit")
         if record.measured is not None and record.measured.high >= 1:
             notes.append("the pruned model is not measurably faster than the dense one")
-        if not self.bench.route.own_class:
+        if not route.own_class:
             notes.append("sizes are written in the module's code: the result is the exported graph, not your class")
-        if self.bench.route.parts:
-            paths = [part.path for part in self.bench.route.parts]
+        if route.parts:
+            paths = [part.path for part in route.parts]
             notes.append(f"sizes are written in their code, so these modules are exported graphs: {', '.join(paths)}")
         return notes
 

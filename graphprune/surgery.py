@@ -226,7 +226,8 @@ def _follow_literals(pruned: nn.Module, graph: ModelGraph, cuts: Cuts, attribute
         module = pruned.get_submodule(path)
         original = originals.setdefault(path, dict(vars(module)))
         if literals.holds_by_name(original, change):
-            setattr(module, name, type(original[name])(after))  # type: ignore[call-arg]
+            old = original[name]
+            setattr(module, name, after if old is None else type(old)(after))  # type: ignore[call-arg]
             _follow_sizes(module)
             continue
         for attribute, value in literals.holders(original, change):

@@ -235,7 +235,7 @@ class _Walk:
             operator = _attention(call["query"], call["key"], call["value"])
             widths = forms[call["query"]][0][-1], forms[call["value"]][0][-1]
             return Layer(node.name, module, "", heads, heads, None, operator, False, widths) if heads else None  # type: ignore[arg-type]
-        if name == "matmul" and (product := _attended(node)) is not None and len(forms[node][0]) > 3:
+        if name == "matmul" and (product := attended(node)) is not None and len(forms[node][0]) > 3:
             query, key, value = product.args[0], product.args[1], node.args[1]
             heads, widths = forms[node][0][-3], (forms[query][0][-1], forms[value][0][-1])  # type: ignore[assignment,index]
             return Layer(node.name, module, "", heads, heads, None, _attention(query, key, value, True), False, widths)  # type: ignore[arg-type]
@@ -326,7 +326,7 @@ def _linear(node: fx.Node, weight: list[int]) -> Linear:
     return Linear(rows, weight[1], weight[0], activation)
 
 
-def _attended(node: fx.Node) -> fx.Node | None:
+def attended(node: fx.Node) -> fx.Node | None:
     """The product of queries and keys whose softmax a product applies to values, where the code spells that out."""
     weights = node.args[0]
     while isinstance(weights, fx.Node) and operator_name(weights) in KEEPS_WEIGHTS:

@@ -201,7 +201,7 @@ class Attention(nn.Module):
             shape = (batch, count, self.num_heads, -1)
             q, k, v = (self.weights[name](y).view(shape).transpose(1, 2) for name in "qkv")
         if self.fused_product:
-            z = functional.scaled_dot_product_attention(q, k, v)
+            z = functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
             z = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
         return self.head(x + self.proj(z.transpose(1, 2).reshape(batch, count, -1)))

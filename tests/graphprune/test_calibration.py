@@ -9,12 +9,14 @@ from torch.nn import functional
 
 from graphprune import calibration
 from graphprune.calibration import Moments, calibrate, positions_of, vectors
+from graphprune.compensation import score_error
 from graphprune.graph import Layer, ModelGraph
 from graphprune.operators import Convolution, Linear
 from graphprune.tracing import trace
 from graphprune.window import windowed
 from tests.graphprune.networks import Attention, conv_bn, tokens
 from tests.graphprune.oracle import scramble
+from tests.graphprune.random_networks import ChannelAttention
 
 CONVOLUTIONS: dict[str, Callable[[], nn.Conv2d]] = {
     "plain": lambda: nn.Conv2d(3, 5, 3, padding=1),
@@ -205,3 +207,28 @@ def test_vectors_of_a_window_give_the_outputs_of_the_small_kernel(
         found = torch.einsum("gof,grf->gro", small.weight.detach().reshape(2, 3, -1), rows)
         expected = outputs[:, :, positions].reshape(3, 2, 3, -1).permute(1, 0, 3, 2).reshape(2, -1, 3)
         assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fused_product", [True, False])
+def test_scores_of_an_attention_product(fused_product: bool) -> None:
+    """What is lost of the scores, around their mean over the keys, without some columns: computed score by score."""
+    model = scramble(Attention(True, fused_product, heads=2, width=4))
+    assert isinstance(model, Attention)
+    data = [torch.randn(n, 5, 12, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (3, 2)]
+    graph = trace(model, data[0])
+    (moments,) = calibrate(graph, data).scores.values()
+    y = model.norm(model.stem(torch.cat(data)))
+    q, k, _ = model.weights["qkv"](y).reshape(5, 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    added = torch.einsum("nhtd,nhsd->nhtsd", q, k)
+    added = added - added.mean(3, keepdim=True)
+    for gone in ([2], [0, 3], [1, 2, 3]):
+        mask = torch.zeros(4, dtype=torch.bool)
+        mask[gone] = True
+        lost = (added[..., mask].sum(-1) ** 2).sum() / (added.sum(-1) ** 2).sum()
+        assert score_error(moments, mask) == pytest.approx(lost.item(), rel=1e-10)
+
+
+def test_no_scores_where_the_columns_are_pixels() -> None:
+    """Attention of channels to channels multiplies over the positions."""
+    model = nn.Sequential(ChannelAttention(8, 2))
+    assert calibrate(trace(model, torch.randn(2, 6, 8)), [torch.randn(2, 6, 8)]).scores == {}

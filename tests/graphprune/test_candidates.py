@@ -275,7 +275,7 @@ def test_units_beside_others_on_a_concatenated_axis_are_ranked_alone() -> None:
 
 def test_without_calibrated_consumers_magnitude_ranks_and_the_cut_share_is_the_error() -> None:
     model, graph, _, _ = built("conv")
-    made = candidates(graph, {})
+    made = candidates(graph, Statistics({}, {}))
     first, norm, second = model[0], model[1], model[3]
     parts = [
         first.weight.flatten(1),

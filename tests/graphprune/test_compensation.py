@@ -8,7 +8,17 @@ import torch
 
 from graphprune import compensation
 from graphprune.calibration import Moments
-from graphprune.compensation import Consumer, _State, rank_by_magnitude, rank_units, ridged, solve
+from graphprune.compensation import (
+    Consumer,
+    ScoreProduct,
+    _ScoreState,
+    _State,
+    rank_by_magnitude,
+    rank_units,
+    ridged,
+    score_error,
+    solve,
+)
 
 Array = np.ndarray
 
@@ -237,6 +247,28 @@ def test_dead_units_go_first_and_nothing_is_nan() -> None:
     assert set(order(scores)[:2]) == {1, 4}
     dead = rank_units([Consumer(moments_of(np.zeros((1, 10, 4)), np.ones((1, 2, 4))), single(4))], 4)
     assert sorted(dead) == [0, 1, 2, 4]
+
+
+def test_the_score_of_a_products_columns_is_the_increase_of_the_error() -> None:
+    rows = torch.from_numpy(inputs(50, 6))
+    product = ScoreProduct(rows.T @ rows, torch.tensor([[0, 3], [4, 1], [2, 5]]))
+    state, gone = _ScoreState(product), torch.zeros(6, dtype=torch.bool)
+    for unit in (1, 0):
+        after = gone.clone()
+        after[product.columns[unit]] = True
+        increase = score_error(product.moments, after) - score_error(product.moments, gone)
+        assert state.saliency()[unit].item() == pytest.approx(increase, rel=1e-10)
+        state.remove(torch.tensor([unit]))
+        gone = after
+
+
+def test_columns_that_add_nothing_to_the_scores_go_first() -> None:
+    rows = torch.from_numpy(inputs(50, 5))
+    rows[:, [1, 4]] = 0
+    product = ScoreProduct(rows.T @ rows, torch.arange(5)[:, None])
+    assert set(order(rank_units([product], 5))[:2]) == {1, 4}
+    consumer = Consumer(moments_of(inputs(300, 5)[None], np.eye(5)[None] * [1, 1, 1e-6, 1, 1]), single(5))
+    assert order(rank_units([product, consumer], 5))[0] in (1, 2, 4)
 
 
 # --- magnitude ------------------------------------------------------------------------------------------------------

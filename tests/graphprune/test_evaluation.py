@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -267,3 +268,24 @@ def test_where_the_class_cannot_be_cut_the_exported_graph_is_built() -> None:
     assert isinstance(built, torch.fx.GraphModule)
     assert built(x).shape == model(x).shape
     assert count(built, x).flops < count(model, x).flops
+
+
+def test_a_settled_bench_has_no_more_graphs_than_its_cuts_need() -> None:
+    """A head width is written in the attention's code, hidden units are not."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=4).eval()
+    x = images(32)[0]
+    graph = trace(model, x)
+    bench = Workbench(model, graph, make_reference(graph, [x]), task())
+    hidden, width = (
+        {graph.site[f"blocks.{number}.{name}"].atom: np.arange(32) for number in (0, 1)}
+        for name in ("mlp.fc1/hidden", "attn.qkv/head-width")
+    )
+    bench.probe(Cuts(keep=hidden | width))
+    assert [part.path for part in bench.route.parts] == ["blocks.0.attn", "blocks.1.attn"]
+    settled = bench.settled(Cuts(keep=hidden))
+    assert settled.route.own_class
+    assert not settled.route.parts
+    one, other = settled.build(Cuts(keep=hidden)), bench.build(Cuts(keep=hidden))
+    assert type(one.blocks[0].attn) is type(model.blocks[0].attn) is not type(other.blocks[0].attn)
+    assert torch.allclose(one(x), other(x), rtol=0, atol=1e-5)

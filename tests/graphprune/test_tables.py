@@ -15,7 +15,7 @@ from graphprune.profile import Profile
 from graphprune.registry import pattern
 from graphprune.tables import WIDTH
 from graphprune.tracing import trace
-from tests.graphprune.networks import Attention, tokens
+from tests.graphprune.random_networks import TalkingHeads
 
 
 class Small(nn.Module):
@@ -146,8 +146,8 @@ def test_everything_is_measured_together(graph: ModelGraph, profile: Profile, mo
 
 
 def test_reasons_for_an_empty_site(vit: ModelGraph, graph: ModelGraph, profile: Profile) -> None:
-    explicit = trace(Attention(fused_weights=True, fused_product=False), tokens())
-    assert line(str(explicit.sites()), "weights.qkv/query-key").endswith("no pattern cuts it")
+    talking = trace(TalkingHeads(8, 2), torch.zeros(2, 5, 8))
+    assert line(str(talking.sites()), "v/other").endswith("no pattern cuts it")
     single = trace(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)), torch.zeros(2, 3, 8, 8))
     assert line(str(single.sites(profile)), "0/channels").endswith("too small for a level (blocks of 16)")
 
@@ -204,9 +204,9 @@ def test_what_repeats_is_told_once(tmp_path: Path) -> None:
     for number in (1, 2):
         assert line(sites, f"blocks.{number}.mlp.fc1/hidden").endswith(" as blocks.0.mlp.fc1/hidden")
     groups = str(deep.groups())
-    assert line(groups, "blocks.0.attn.qkv", "query-key").split("no: ")[1].startswith("the attention scale")
-    assert line(groups, "blocks.2.attn.qkv", "query-key").endswith("no: as blocks.0.attn.qkv")
-    assert line(groups, "blocks.0.attn.qkv", "other").endswith("no: taken apart (unbind)")
+    assert line(groups, "pos_embed#1").split("no: ")[1].startswith("spatial")
+    assert line(groups, "pos_embed#2").endswith("no: as pos_embed#1")
+    assert line(groups, "blocks.0.attn.qkv", "other").endswith("no: taken apart (unbind)")  # in blocks.0.attn: known
 
 
 def test_lines_break_between_levels_only(graph: ModelGraph, profile: Profile) -> None:

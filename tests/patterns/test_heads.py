@@ -93,3 +93,27 @@ def test_narrower_values(fused_product: bool) -> None:
     layer = next(layer for layer in graph.layers if layer.widths)
     smaller = layer.after({site.atom: 3})
     assert (smaller.heads, smaller.width, smaller.value_width) == (2, 4, 3)
+
+
+@pytest.mark.parametrize("fused_product", [True, False])
+def test_narrower_heads(fused_product: bool) -> None:
+    """Queries, keys and values of one layer: the same columns of all three, at the scale of the dense width."""
+    model = scramble(Attention(True, fused_product, heads=2, width=4))
+    assert isinstance(model, Attention)
+    (x,) = (each.double() for each in tokens())
+    graph = trace(model, x)
+    site, keep = graph.site["weights.qkv/head-width"], [0, 2, 3]
+    assert (site.size, site.unit) == (4, 2)
+    pruned = perform(model, graph, Heads().rewrite(site, tuple(keep))).model
+    with torch.no_grad():
+        stem = model.stem(x)
+        y = functional.layer_norm(stem, (12,), model.norm.weight, model.norm.bias, model.norm.eps)
+        packed = model.weights["qkv"](y).unflatten(-1, (3, 2, 4))[..., keep].permute(2, 0, 3, 1, 4)
+        q, k, v = packed.unbind(0)
+        z = torch.softmax(q @ k.mT / 4**0.5, -1) @ v
+        weight = model.proj.weight.unflatten(1, (2, 4))[:, :, keep].flatten(1)
+        expected = model.head(stem + functional.linear(z.transpose(1, 2).flatten(2), weight, model.proj.bias))
+        assert np.allclose(pruned(x), expected, rtol=0, atol=1e-12)
+    (layer,) = (layer for layer in graph.layers if layer.widths)
+    smaller = layer.after({site.atom: 3})
+    assert (smaller.heads, smaller.width, smaller.value_width) == (2, 3, 3)

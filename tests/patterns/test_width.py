@@ -117,7 +117,7 @@ def test_what_is_no_stream_is_of_another_kind() -> None:
     graph = trace(Attention(fused_weights=True, fused_product=False), tokens())
     kinds = [(group.name.partition("#")[0], group.size, group.kind) for group in graph.all_groups]
     assert [kind for kind in kinds if kind[2] == "width"] == [("stem", 12, "width")]
-    assert {("weights.qkv", 3, "other"), ("weights.qkv", 4, "query-key"), ("head", 5, "other")} <= set(kinds)
+    assert {("weights.qkv", 3, "other"), ("weights.qkv", 4, "head-width"), ("head", 5, "other")} <= set(kinds)
     vit = trace(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32), images(32))
     assert [group.size for group in vit.all_groups if group.kind == "width"] == [192]
 
