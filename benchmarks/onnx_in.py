@@ -53,7 +53,7 @@ def run(spec: str, options: argparse.Namespace) -> dict[str, Any]:
         if "error" not in facts or not options.again:
             return facts
     folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ONNX_IN_FOLDER": str(folder)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ONNX_IN_FOLDER": str(folder)}
     command = [sys.executable, __file__, "--one", spec]
     facts = {"model": spec}
     try:
