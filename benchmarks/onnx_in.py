@@ -57,9 +57,7 @@ def run(spec: str, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--one", spec]
     facts = {"model": spec}
     try:
-        done = subprocess.run(
-            command, timeout=options.limit, capture_output=True, text=True, check=False, env=environment
-        )
+        done = subprocess.run(command, timeout=options.limit, capture_output=True, text=True, check=False, env=env)
         lines = done.stdout.strip().splitlines()
         facts |= json.loads(lines[-1]) if lines else {"error": f"the process ended with {done.returncode}"}
     except subprocess.TimeoutExpired:
