@@ -100,7 +100,8 @@ def halve(model: nn.Module, example: Tensor, ratio: float, round_to: int) -> nn.
     pruner.step()
     for module in fused:
         module.num_heads = pruner.num_heads[module.qkv]
-        module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+        module.attn_dim = module.qkv.out_features // 3  # timm has had this attribute since those examples
+        module.head_dim = module.attn_dim // module.num_heads
     return pruned
 
 
