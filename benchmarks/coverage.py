@@ -316,21 +316,25 @@ def run(spec: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_files(facts: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The facts of a model with its speed-up; the two files are deleted once they are timed."""
-    import numpy as np
-
+    """The facts of a model with its speed-up, or with the reason why it cannot be timed; its files are deleted."""
     from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 
-    if facts["stage"] != "done" or "speedup" in facts:
-        return facts
     folder = file.with_suffix("")
-    files = [folder / "dense.onnx", folder / "pruned.onnx"]
-    dense, pruned = OnnxRuntimeEngine().measure([each.read_bytes() for each in files], ROUNDS)
-    facts["samples"] = {"dense": dense.samples, "pruned": pruned.samples}
-    facts["speedup"] = float(np.median(dense.samples) / np.median(pruned.samples))
+    if facts["stage"] != "done" or "speedup" in facts:
+        shutil.rmtree(folder, ignore_errors=True)
+        return facts
+    try:
+        models = [(folder / name).read_bytes() for name in ("dense.onnx", "pruned.onnx")]
+        dense, pruned = OnnxRuntimeEngine().measure(models, ROUNDS)
+        if dense.error or pruned.error:
+            raise RuntimeError(dense.error or pruned.error)
+        facts["samples"] = {"dense": dense.samples, "pruned": pruned.samples}
+        facts["speedup"] = median(dense.samples) / median(pruned.samples)
+    except Exception as error:  # whatever it is, it belongs in the table
+        facts |= {"stage": "speed", "error": f"{type(error).__name__}: {error}"}
     file.write_text(json.dumps(facts))
-    shutil.rmtree(folder)
-    print(f"{facts['model']:45} {facts['speedup']:5.2f}x", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"{facts['model']:45} {facts['speedup']:5.2f}x" if "speedup" in facts else line(facts), flush=True)
     return facts
 
 

@@ -55,8 +55,9 @@ class Statistics(dict[str, Moments]):
     """Moments of each layer with a weight, by the name of its node.
 
     `branches` holds, by the node of its addition, E|branch|^2 / E|sum|^2 of each residual branch. `scores` holds, by
-    the node of an attention product, E[s s^T] [width, width] summed over heads, where s_j = q_j k_j is what column j
-    of queries and keys adds to a score, keys around their mean over the tokens (softmax takes up what all share).
+    the node of an attention product, the sum over images and heads of E[s s^T] [width, width] over pairs of tokens,
+    where s_j = q_j k_j is what column j of queries and keys adds to a score, keys around their mean (softmax takes up
+    what all tokens share; masks are not looked at).
     """
 
     def __init__(
@@ -160,9 +161,10 @@ class _Collector(fx.Interpreter):
         """Query and key [..., heads, tokens, width]; keys may have fewer heads (grouped queries)."""
         key = key - key.mean(-2, keepdim=True)
         of_queries, of_keys = (x.double().mT @ x.double() / x.shape[-2] for x in (query, key))
-        times = query.shape[-3] // key.shape[-3]
-        products = of_queries * of_keys.repeat_interleave(times, -3)
-        self.scores[name] = self.scores.get(name, 0) + products.flatten(0, -3).sum(0)
+        if query.dim() == key.dim() > 2 and 1 < key.shape[-3] < query.shape[-3]:
+            of_keys = of_keys.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        products = (of_queries * of_keys).reshape(-1, query.shape[-1], query.shape[-1])
+        self.scores[name] = self.scores.get(name, 0) + products.sum(0)
 
     def _add(self, name: str, vectors: Tensor) -> None:
         second = torch.bmm(vectors.transpose(1, 2), vectors).double()

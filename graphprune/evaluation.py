@@ -57,7 +57,8 @@ class Workbench:
 
     def settled(self, cuts: Cuts) -> Self:
         """A bench for these cuts alone, whose route leaves every module as it is that they do not need as a graph."""
-        return replace(self, route=perform(self.model, self.graph, cuts).route)
+        route = perform(self.model, self.graph, cuts).route
+        return replace(self, route=route) if route.own_class else self
 
     def cut(self, cuts: Cuts) -> nn.Module:
         """A cut copy with the sliced weights."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graphprune.atomic import staging
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError, StepError
-from graphprune.exporters import Request, by_dynamo, by_torchscript, convert, outputs_of, prepare
+from graphprune.exporters import Request, convert, outputs_of, prepare, routes
 
 EXTERNAL_BYTES = 2**31 - 2**24
 """Weights above this size go to a second file, `<name>.data`: a protobuf message ends at 2 GiB."""
@@ -38,7 +38,7 @@ def export_onnx(
     """
     path = Path(path)
     request = prepare(model, example_inputs, dynamic_batch, opset)
-    converted = convert(request, (by_dynamo, by_torchscript))
+    converted = convert(request, routes(request, quick=False))
     with staging(path.parent) as stage:
         _write(converted, stage / path.name)
         for batch in dict.fromkeys((request.batch, request.batch + 1 if dynamic_batch else request.batch)):
@@ -52,7 +52,8 @@ def onnx_bytes(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> b
     torch's TorchScript exporter comes first: the graphs run equally fast in ONNX Runtime, and it takes 0.1 s for a
     ResNet-20 and 0.4 s for a vit_tiny where the newer one takes 1.8 s and 3.2 s. Raises as `export_onnx` does.
     """
-    converted = convert(prepare(model, example_inputs, True, None), (by_torchscript, by_dynamo))
+    request = prepare(model, example_inputs, True, None)
+    converted = convert(request, routes(request, quick=True))
     data: bytes = ir.to_proto(converted).SerializeToString()
     return data
 

@@ -117,6 +117,9 @@ def plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     unlifted.graph._codegen = copy.copy(unlifted.graph._codegen)
     plain = fx.GraphModule(unlifted, unlifted.graph)
     plain.meta.clear()
+    for name in program.constants:  # what the code makes anew is no part of the model's state
+        if name in plain._buffers:
+            plain._non_persistent_buffers_set.add(name)
     _forget_caches(plain)
     return plain
 

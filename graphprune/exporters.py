@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +25,7 @@ from graphprune.zeros import drop_zeros
 
 TIDY_NODES = 1000
 """Up to this many nodes onnxscript's rewriter runs over a graph: its time grows faster than they do (65 s for the 7,372
-of a coat_tiny, 4 s for the 1,530 of a cait_xxs24). ONNX Runtime runs both files equally fast."""
+of a coat_tiny, 25 s for a swinv2_tiny). ONNX Runtime runs both files equally fast."""
 
 _LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 
@@ -124,6 +124,13 @@ def convert(request: Request, routes: Sequence[Callable[[Request], ir.Model]]) -
     raise StepError(f"the model cannot be exported to ONNX: {_reason(errors[0])}{advice}") from errors[0]
 
 
+def routes(request: Request, quick: bool) -> tuple[Callable[[Request], ir.Model], ...]:
+    """The exporters to try, in their order. The older one writes the example's batch size into exported graphs."""
+    if any(isinstance(module, fx.GraphModule) for module in request.model.modules()):
+        return (by_dynamo,)
+    return (by_torchscript, by_dynamo) if quick else (by_dynamo, by_torchscript)
+
+
 def forget_source(model: ir.Model) -> None:
     """Drop what exporters note of the source code, in place: stack traces name folders of the machine they ran on."""
     for holder in (model, model.graph, *model.graph, *(value for node in model.graph for value in node.outputs)):
@@ -138,7 +145,7 @@ def by_dynamo(request: Request) -> ir.Model:
     axes: tuple[Any, ...] = tuple({0: batch} if batched else None for batched in request.batched)
     if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(request.model.forward).parameters.values()):
         axes = (axes,)
-    with _ContiguousPooling():
+    with _Translatable():
         program = torch.onnx.export(
             request.model,
             request.inputs,
@@ -155,15 +162,47 @@ def by_dynamo(request: Request) -> ir.Model:
     return tidy(program.model)
 
 
-class _ContiguousPooling(TorchFunctionMode):
-    """Global pooling of a channels-last tensor is traced to `as_strided`, which ONNX can only write as a gather."""
+_POOLING = (
+    F.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d,
+    torch.ops.aten.adaptive_avg_pool1d.default,
+    torch.ops.aten.adaptive_avg_pool2d.default,
+)
+
+
+_ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+
+
+class _Translatable(TorchFunctionMode):
+    """Calls that torch's translation to ONNX takes badly, as equal ones that it takes well.
+
+    Global pooling of a channels-last tensor is traced to `as_strided`, which ONNX can only write as a gather; attention
+    is translated for four axes alone.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (F.adaptive_avg_pool2d, torch.ops.aten.adaptive_avg_pool2d.default):
+        if func in _POOLING:
             args = (args[0].contiguous(), *args[1:])
+        if func in _ATTENTION and args[0].dim() != 4:
+            return _with_four_axes(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _with_four_axes(
+    func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **named: Any
+) -> Tensor:
+    """Attention [..., heads, tokens, width] or [batch, tokens, width] with its leading axes as one."""
+
+    def folded(x: Tensor) -> Tensor:
+        heads = x.shape[-3] if x.dim() > 4 else 1
+        return x.reshape(-1, heads, *x.shape[-2:])
+
+    if attn_mask is not None and attn_mask.dim() > 2:
+        attn_mask = folded(attn_mask.expand(*query.shape[:-2], *attn_mask.shape[-2:]))
+    result: Tensor = func(folded(query), folded(key), folded(value), attn_mask, *rest, **named)
+    return result.clone(memory_format=torch.contiguous_format).reshape(*query.shape[:-1], value.shape[-1])
 
 
 def tidy(model: ir.Model) -> ir.Model:

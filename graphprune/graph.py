@@ -100,7 +100,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Axes that are cut together. `frozen` says why nothing may be cut, empty where it may."""
+    """Axes that are cut together. `frozen` says why nothing may be cut, empty where it may.
+
+    `unit` is how many rows of a layer's weight one unit takes (one head = 64 rows).
+    """
 
     atom: int
     name: str
@@ -110,11 +113,7 @@ class Group:
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     frozen: tuple[str, ...]
-
-    @property
-    def unit(self) -> int:
-        """Indices of a consumer's input that one unit takes (one head = 64 rows)."""
-        return min((member.rows for member in self.members), default=1)
+    unit: int
 
 
 @dataclass(frozen=True)

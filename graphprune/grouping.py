@@ -59,20 +59,22 @@ def _group(graph: ModelGraph, streams: _Streams, atom: int, members: list[Member
     weighted = [layer for layer in graph.layers if not isinstance(layer.operator, Attention)]
     producers = [layer for layer in weighted if atom in layer.outputs.atoms()]
     consumers = [layer for layer in weighted if atom in layer.inputs.atoms()]
-    kind = "heads" if attentions else _within_heads(graph, atom)
-    kind = kind or _kind(graph, streams, atom, producers, consumers)
-    if kind == "hidden" and min(member.rows for member in members) > 1:
+    weights = {layer.weight for layer in weighted}
+    unit = min((member.rows for member in members if member.parameter in weights), default=1)
+    kind = "heads" if attentions else _kind(graph, streams, atom, producers, consumers)
+    if kind == "hidden" and unit > 1:
         kind = "other"  # a width within heads that no known attention runs over
     first = attentions or producers or consumers
     name = first[0].module or first[0].node if first else members[0].parameter
     return Group(
         atom, name, kind, graph.atom_sizes[atom], tuple(members),
         tuple(layer.node for layer in producers), tuple(layer.node for layer in consumers), graph.atom_frozen[atom],
+        unit,
     )  # fmt: skip
 
 
 def _within_heads(graph: ModelGraph, atom: int) -> str:
-    """What an atom is that attention runs over within each head; empty if none does."""
+    """What an atom is that an attention product runs over within each head; empty if none does."""
     widths = [layer.widths for layer in graph.layers if layer.widths]
     if any(atom in queries.atoms() for queries, _ in widths):
         return "head-width"
@@ -80,10 +82,12 @@ def _within_heads(graph: ModelGraph, atom: int) -> str:
 
 
 def _kind(graph: ModelGraph, streams: _Streams, atom: int, producers: list[Layer], consumers: list[Layer]) -> str:
-    """What an atom is that no attention runs over; `narrow` where it is all that its consumers read."""
+    """What an atom is that does not count heads; `narrow` where it is all that its consumers read."""
     narrow = all(layer.inputs.size == graph.atom_sizes[atom] for layer in consumers)
     if producers and all(isinstance(layer.operator, Convolution) for layer in producers):
         return "channels"
+    if within := "" if atom in streams.added else _within_heads(graph, atom):
+        return within
     if not producers or not consumers:
         return "other"
     if atom in streams.added:

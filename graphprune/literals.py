@@ -10,7 +10,7 @@ Change = tuple[str, str, Any, Any]
 def holds_by_name(attributes: Mapping[str, Any], change: Change) -> bool:
     """Whether the attribute with the name of the argument holds the literal (`normalized_shape`)."""
     _, name, before, _ = change
-    return name in attributes and _as_tuple(attributes[name]) == _as_tuple(before)
+    return before is not None and name in attributes and _as_tuple(attributes[name]) == _as_tuple(before)
 
 
 def holders(attributes: Mapping[str, Any], change: Change) -> Iterator[tuple[str, Any]]:
@@ -27,8 +27,8 @@ def reached(attributes: Mapping[str, Any], change: Change) -> bool:
     def known(old: Any) -> bool:
         return any(_equal(value, old) for value in attributes.values())
 
-    whole = any(known(old) for old, _ in _whole_pairs(change))
-    return whole or holds_by_name(attributes, change) or all(known(old) for old, _ in _size_pairs(change))
+    whole, sizes = any(known(old) for old, _ in _whole_pairs(change)), _size_pairs(change)
+    return whole or holds_by_name(attributes, change) or (bool(sizes) and all(known(old) for old, _ in sizes))
 
 
 def _size_pairs(change: Change) -> set[tuple[int, int]]:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map_only
 
 from graphprune.errors import StepError
 from graphprune.graph import ModelGraph
-from graphprune.tracing import export, fresh_copy, module_paths
+from graphprune.tracing import export, fresh_copy, module_paths, state_of
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ def export_parts(
     Raises StepError for a module that is not called just once, that cannot be exported on its own, or does something
     else on its own than in the model.
     """
-    calls = _calls(fresh_copy(model), paths, inputs)
+    calls, structures = _calls(fresh_copy(model), paths, inputs)
     programs: dict[Hashable, torch.export.ExportedProgram] = {}
     parts = []
     for path in paths:
         if len(calls[path]) != 1:
             raise StepError(f"{path!r} is called {len(calls[path])} times")
         whole = [node for node in graph.exported.graph.nodes if _computes(node) and _inside(node, path)]
-        same = _fingerprint(graph, whole, path)
+        same = (_tensors_of(model.get_submodule(path)), structures[path], _fingerprint(graph, whole, path))
         if same not in programs:
             programs[same] = export(fresh_copy(model.get_submodule(path)), *calls[path][0])
         parts.append(_part(path, whole, programs[same]))
@@ -57,6 +58,11 @@ def _part(path: str, whole: Sequence[fx.Node], program: torch.export.ExportedPro
     return Part(path, program, {there.name: here.name for there, here in zip(whole, own, strict=True)})
 
 
+def _tensors_of(module: nn.Module) -> Hashable:
+    """Name, shape and type of all that a module holds."""
+    return tuple((name, tuple(value.shape), value.dtype) for name, value in state_of(module).items())
+
+
 def _fingerprint(graph: ModelGraph, nodes: Sequence[fx.Node], path: str) -> Hashable:
     """Equal for modules whose calls are the same, on tensors of the same shapes and of the same names within them."""
     signature = graph.exported.graph_signature
@@ -66,26 +72,40 @@ def _fingerprint(graph: ModelGraph, nodes: Sequence[fx.Node], path: str) -> Hash
     def told(x: fx.Node) -> str:
         if x.name in tensors:
             known.setdefault(x, tensors[x.name].removeprefix(f"{path}."))
-        return known.setdefault(x, f"%outer {len(known)}") + str(getattr(x.meta.get("val"), "shape", ""))
+        value = x.meta.get("val")
+        return known.setdefault(x, f"%outer {len(known)}") + str(getattr(value, "shape", value))
 
-    return tuple((str(node.target), str(fx.node.map_arg((node.args, node.kwargs), told)), told(node)) for node in nodes)
+    inner = set(nodes)
+    return tuple(
+        (str(n.target), str(fx.node.map_arg((n.args, n.kwargs), told)), told(n), n.users.keys() <= inner) for n in nodes
+    )
 
 
-def _calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[torch.Tensor]) -> dict[str, list[tuple[Any, Any]]]:
-    """Positional and named arguments of each call of the modules at some paths."""
+def _calls(
+    model: nn.Module, paths: Sequence[str], inputs: Sequence[torch.Tensor]
+) -> tuple[dict[str, list[tuple[Any, Any]]], dict[str, str]]:
+    """Arguments (positional, named) of each call of the modules at some paths; what goes in and out but tensors."""
     calls: dict[str, list[tuple[Any, Any]]] = {path: [] for path in paths}
+    structures = dict.fromkeys(paths, "")
 
-    def keep(path: str) -> Any:
+    def before(path: str) -> Any:
         def hook(_: nn.Module, given: Any, named: Any) -> None:
-            calls[path].append(torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (given, named)))
+            calls[path].append(tree_map_only(torch.Tensor, torch.clone, (given, named)))
+
+        return hook
+
+    def after(path: str) -> Any:
+        def hook(_: nn.Module, given: Any, output: Any) -> None:
+            structures[path] = str(tree_map_only(torch.Tensor, lambda x: None, (calls[path][-1], output)))
 
         return hook
 
     for path in paths:
-        model.get_submodule(path).register_forward_pre_hook(keep(path), with_kwargs=True)
+        model.get_submodule(path).register_forward_pre_hook(before(path), with_kwargs=True)
+        model.get_submodule(path).register_forward_hook(after(path))
     with torch.no_grad():
         model(*inputs)
-    return calls
+    return calls, structures
 
 
 def _computes(node: fx.Node) -> bool:

@@ -54,13 +54,16 @@ def _attribute_choices(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Itera
 
 
 def _part_choices(model: nn.Module, graph: ModelGraph, cuts: Cuts) -> Iterator[tuple[str, ...]]:
-    """Modules that become graphs: those with a literal out of reach, those of one class, all with literals."""
+    """Modules that become graphs: those with a literal out of reach, those of one class, all with literals, and those
+    that hold them (torch's transformer layers read the attributes of their attention).
+    """
     owners = _owners(model, graph, cuts)
     kinds = {path: type(model.get_submodule(path)) for path in owners}
     choices = [
         [path for path, reached in owners.items() if not reached],
         *([path for path in owners if kinds[path] is kind] for kind in dict.fromkeys(kinds.values())),
         list(owners),
+        [path.rpartition(".")[0] for path in owners],
     ]
     summed = [branch.node for branch in outermost(cuts.dropped)]
     for paths in dict.fromkeys(_outermost_paths(choice) for choice in choices):

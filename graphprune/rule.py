@@ -23,7 +23,7 @@ class Call:
     known: dict[fx.Node, Any]
     reason: str
     extra: dict[str, Axis] = field(default_factory=dict)
-    """Axes that are no dimension of a tensor: `groups` of a convolution or norm, `heads` of an attention."""
+    """Axes that literals or layers need: `groups` of a convolution or norm, `heads` and `width` of an attention."""
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]

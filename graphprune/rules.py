@@ -115,6 +115,9 @@ def _attention(call: Call) -> Axes:
     query, key, value = call.axes("query"), call.axes("key"), call.axes("value")
     unify(query[-1], key[-1], call.reason)
     call.extra["width"] = query[-1]
+    if len(query) < 4:
+        for axis in (query[-1], value[-1]):
+            freeze(axis, f"its attention has no head axis ({call.reason})")
     unify(key[-2], value[-2], call.reason)
     if call["is_causal"]:
         for axis in (query[-2], key[-2]):

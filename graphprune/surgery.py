@@ -226,8 +226,7 @@ def _follow_literals(pruned: nn.Module, graph: ModelGraph, cuts: Cuts, attribute
         module = pruned.get_submodule(path)
         original = originals.setdefault(path, dict(vars(module)))
         if literals.holds_by_name(original, change):
-            old = original[name]
-            setattr(module, name, after if old is None else type(old)(after))  # type: ignore[call-arg]
+            setattr(module, name, type(original[name])(after))  # type: ignore[call-arg]
             _follow_sizes(module)
             continue
         for attribute, value in literals.holders(original, change):

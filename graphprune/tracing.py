@@ -343,8 +343,8 @@ def attended(node: fx.Node) -> fx.Node | None:
 def _attention(query: Any, key: Any, value: Any, transposed: bool = False) -> Attention:
     """The operator for queries, keys and values [.., heads, tokens, width]; transposed keys are [.., width, tokens]."""
     queries, keys, values = (shapes_of(x)[0] for x in (query, key, value))
-    heads = queries[-3] if len(queries) > 2 else 1
+    *leading, heads, _, _ = [1, *max((queries, keys, values), key=lambda shape: (len(shape), *shape[:-2]))]
     batch = 1
-    for size in queries[1:-3]:
+    for size in leading[2:]:
         batch *= size
     return Attention(batch, heads, queries[-2], keys[-1 if transposed else -2], queries[-1], values[-1])

@@ -16,7 +16,7 @@ from graphprune.tracing import trace
 from graphprune.window import windowed
 from tests.graphprune.networks import Attention, conv_bn, tokens
 from tests.graphprune.oracle import scramble
-from tests.graphprune.random_networks import ChannelAttention
+from tests.graphprune.random_networks import ChannelAttention, GroupedQueries
 
 CONVOLUTIONS: dict[str, Callable[[], nn.Conv2d]] = {
     "plain": lambda: nn.Conv2d(3, 5, 3, padding=1),
@@ -226,6 +226,35 @@ def test_scores_of_an_attention_product(fused_product: bool) -> None:
         mask[gone] = True
         lost = (added[..., mask].sum(-1) ** 2).sum() / (added.sum(-1) ** 2).sum()
         assert score_error(moments, mask) == pytest.approx(lost.item(), rel=1e-10)
+
+
+def test_scores_of_queries_with_fewer_axes_or_fewer_heads_on_the_keys() -> None:
+    """Learned queries without batch and heads; grouped queries, two heads for each of the keys'."""
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.kv, self.proj = nn.Parameter(torch.randn(3, 4)), nn.Linear(12, 16), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            k, v = self.kv(x).unflatten(-1, (2, 2, 4)).permute(2, 0, 3, 1, 4)
+            return self.proj(((self.query @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.tensor([True, False, False, False])
+    for model in (scramble(Learned()), scramble(GroupedQueries(12, 2))):
+        graph = trace(model, x)
+        (moments,) = calibrate(graph, [x]).scores.values()
+        if isinstance(model, Learned):
+            q, k = model.query, model.kv(x)[..., :8].unflatten(-1, (2, 4)).transpose(1, 2)
+        else:
+            q = model.q(x).unflatten(-1, (4, 2)).transpose(1, 2)
+            k = model.kv(x).unflatten(-1, (2, 4)).transpose(1, 2)[..., :2].repeat_interleave(2, 1)
+        added = torch.einsum("...td,...sd->...tsd", q, k)
+        added = added - added.mean(-2, keepdim=True)
+        gone = mask[: added.shape[-1]]
+        lost = (added[..., gone].sum(-1) ** 2).sum() / (added.sum(-1) ** 2).sum()
+        assert score_error(moments, gone) == pytest.approx(lost.item(), rel=1e-10)
 
 
 def test_no_scores_where_the_columns_are_pixels() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import timm
 import torch
@@ -66,8 +67,11 @@ class PooledLast(nn.Module):
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = functional.layer_norm(self.stem(x).permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2)
-        return self.head(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+        x = functional.layer_norm(self.stem(x).permute(0, 2, 3, 1), (8,))
+        one = functional.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), 1)
+        return self.head(
+            (one.flatten(2) + functional.adaptive_avg_pool1d(x.flatten(1, 2).transpose(1, 2), 1)).flatten(1)
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +142,44 @@ def test_pooling_of_a_channels_last_tensor_gathers_nothing(tmp_path: Path) -> No
     agree(model, path, {"x": torch.randn(3, 3, 9, 8)})
 
 
+class FoldedAttention(nn.Module):
+    """Attention with other numbers of axes than four: none for heads, or one more for windows."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.qkv, self.masked = nn.Linear(6, 18), masked
+        self.mask = nn.Parameter(torch.randn(2, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        short = functional.scaled_dot_product_attention(q, k, v, self.mask[:1].repeat(1, 2, 2) if self.masked else None)
+        q, k, v = (y.view(-1, 2, 3, 2, 3).transpose(2, 3) for y in (q, k, v))
+        windows = functional.scaled_dot_product_attention(q, k, v, self.mask if self.masked else None, scale=0.3)
+        return short + windows.transpose(2, 3).reshape(x.shape)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_any_number_of_axes(masked: bool, tmp_path: Path) -> None:
+    model = FoldedAttention(masked)
+    request = exporters.prepare(model, torch.randn(2, 6, 6), True, None)
+    data = ir.to_proto(exporters.convert(request, (exporters.by_dynamo,))).SerializeToString()
+    agree(model, data, {"x": torch.randn(3, 6, 6)})
+
+
+def test_modules_that_are_graphs_keep_the_batch_free(tmp_path: Path) -> None:
+    """torch's older exporter would write the sizes of the example into them."""
+    model = attention().eval()
+    x = torch.randn(2, 3, 32, 32)
+    model.blocks[0] = torch.export.export(
+        model.blocks[0], (torch.randn(2, 5, 192),), dynamic_shapes=({0: torch.export.Dim.AUTO},)
+    ).module()
+    agree_after = {"x": torch.randn(3, 3, 32, 32)}
+    for source in (onnx_bytes(model, x), export_onnx(model, tmp_path / "model.onnx", x)):
+        found = OnnxRuntimeEngine().run(source, {name: value.numpy() for name, value in agree_after.items()})
+        with torch.no_grad():
+            np.testing.assert_allclose(found[0], model(agree_after["x"]).numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_several_inputs_and_outputs(tmp_path: Path) -> None:
     model = Several()
     example = (torch.randn(2, 4), torch.tensor([6, 1]))
@@ -171,10 +213,10 @@ def test_the_second_exporter_serves_where_the_first_fails(tmp_path: Path, monkey
     def broken(request: exporters.Request) -> None:
         raise RuntimeError("no rule for aten::fancy\nand pages of advice")
 
-    monkeypatch.setattr(export, "by_dynamo", broken)
+    monkeypatch.setattr(exporters, "by_dynamo", broken)
     path = export_onnx(Windowed(), tmp_path / "model.onnx", torch.randn(2, 3, 9, 8))
     assert path.exists()
-    monkeypatch.setattr(export, "by_torchscript", broken)
+    monkeypatch.setattr(exporters, "by_torchscript", broken)
     with pytest.raises(StepError, match=r"cannot be exported to ONNX: no rule for aten::fancy; .*dynamic_batch=False"):
         export_onnx(Windowed(), path, torch.randn(2, 3, 9, 8))
 
@@ -203,7 +245,7 @@ def test_a_file_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytes
         nn.init.constant_(request.model.weight, 1.01)
         return exporters.by_torchscript(request)
 
-    monkeypatch.setattr(export, "by_dynamo", wrong)
+    monkeypatch.setattr(exporters, "by_dynamo", wrong)
     with pytest.raises(
         StepError, match=r"'output' at batch 2 is (\S+) in torch and (\S+) in .* of 0.01, more than 0.0001"
     ):

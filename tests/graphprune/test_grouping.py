@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from graphprune.axes import Form
 from graphprune.graph import ModelGraph
@@ -184,6 +185,57 @@ def test_units_behind_a_depthwise_convolution_are_hidden_ones() -> None:
     graph = trace(GatedConvolution(), torch.randn(2, 5, 5, 12))
     free = [(group.kind, group.size) for group in graph.all_groups if not group.frozen]
     assert free == [("hidden", 5), ("hidden", 3)]
+
+
+def test_the_width_of_attention_without_heads_stays() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(12, 12), nn.Linear(4, 12)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.proj(functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1)))
+
+    graph = trace(Single(), networks.tokens())
+    assert [group.frozen[0].partition(" (")[0] for group in graph.all_groups if group.size == 4] == [
+        "its attention has no head axis"
+    ] * len([group for group in graph.all_groups if group.size == 4])
+
+
+def test_a_norm_over_a_width_does_not_change_its_unit() -> None:
+    """LayerNorm over the width of each head, as with normalised queries and keys."""
+
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj, self.norm = nn.Linear(12, 24), nn.Linear(8, 12), nn.LayerNorm(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+            z = functional.scaled_dot_product_attention(self.norm(q), self.norm(k), v)
+            return self.proj(z.transpose(1, 2).flatten(2))
+
+    graph = trace(Normalised(), networks.tokens())
+    (width,) = (group for group in graph.all_groups if group.kind == "head-width")
+    assert (width.size, width.unit, width.frozen) == (4, 2, ())
+
+
+def test_queries_and_values_of_convolutions_are_channels() -> None:
+    """What filters make is cut like other filters, also where attention reads it."""
+
+    class Convolved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qk, self.v, self.proj = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k = self.qk(x).flatten(2).transpose(1, 2).unflatten(-1, (2, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+            v = self.v(x).flatten(2).transpose(1, 2).unflatten(-1, (2, 4)).transpose(1, 2)
+            z = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.proj(z.transpose(1, 2).unflatten(-1, x.shape[2:]))
+
+    kinds = {(group.name, group.kind) for group in trace(Convolved(), networks.images()).all_groups if not group.frozen}
+    assert {("qk#2", "channels"), ("v", "channels")} <= kinds
 
 
 def _network(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:

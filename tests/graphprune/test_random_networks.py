@@ -11,7 +11,7 @@ from tests.graphprune.oracle import check_masked_equivalence, random_plan, scram
 from tests.graphprune.random_networks import BLOCKS, networks
 
 INPUTS = [torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))]
-EACH = settings().max_examples // 5
+EACH = max(1, settings().max_examples // 5)
 """Networks for every one of the 20 blocks: 100 in all in CI, 2,000 at night."""
 
 

@@ -2,13 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
-from graphprune.cuts import resolve
+from graphprune.cuts import Cuts, resolve
 from graphprune.errors import InputError, StepError
 from graphprune.graph import ModelGraph
 from graphprune.operators import Attention as AttentionProduct
@@ -100,9 +102,13 @@ def test_attributes_of_norms_and_attention_follow() -> None:
     model, graph, _, plan = traced("attention_fused")
     sizes = {graph.site[choice.site].kind: len(choice.keep) for choice in plan.choices}
     pruned = perform(model, graph, cuts_of(graph, plan)).model
-    assert (pruned.num_heads, pruned.head_dim) == (sizes["heads"], 4)
+    assert (pruned.num_heads, pruned.head_dim) == (sizes["heads"], sizes["head-width"])
     assert pruned.norm.normalized_shape == (sizes["width"],)
-    assert pruned.weights["qkv"].out_features == pruned.weights["qkv"].weight.shape[0] == 3 * 4 * sizes["heads"]
+    assert (
+        pruned.weights["qkv"].out_features
+        == pruned.weights["qkv"].weight.shape[0]
+        == 3 * pruned.head_dim * pruned.num_heads
+    )
     model, graph, _, plan = traced("group_norm")
     kept = {choice.site: len(choice.keep) for choice in plan.choices}
     pruned = perform(model, graph, cuts_of(graph, plan)).model
@@ -233,6 +239,84 @@ def test_modules_with_a_literal_become_graphs_and_the_rest_stays() -> None:
     assert all(parameter.grad is not None for parameter in result.model.parameters())
     again = copy.deepcopy(result.model).eval()
     torch.testing.assert_close(again(inputs[0]), result.model.eval()(inputs[0]))
+
+
+class Half(nn.Module):
+    """A size in the code, and things that tell two of a kind apart."""
+
+    def __init__(self, slope: float = 0.1, unused: bool = False, shift: float = 0.0, pair: bool = False) -> None:
+        super().__init__()
+        self.conv, self.slope, self.shift, self.pair = nn.Conv2d(8, 12, 1), slope, shift, pair
+        if unused:
+            self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor, mask: None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        first, second = self.conv(x).split(6, dim=1)
+        x = functional.leaky_relu(first, self.slope) * second
+        x = x + torch.tensor(self.shift, dtype=x.dtype) if self.shift else x
+        return (x, second) if self.pair else x
+
+
+class TwoHalves(nn.Module):
+    """Two of them, one after the other."""
+
+    def __init__(self, one: Half, other: Half, masked: bool = False) -> None:
+        super().__init__()
+        self.stem, self.back, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(6, 8, 1), nn.Conv2d(6, 4, 1)
+        self.one, self.other, self.masked = one, other, masked
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(self.stem(x))
+        y = self.other(self.back(x), None) if self.masked else self.other(self.back(x))
+        return self.last(sum(y) if isinstance(y, tuple) else y)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "masked", "shared"),
+    [
+        ({}, {}, False, True),
+        ({}, {"slope": 0.2}, False, False),
+        ({}, {"unused": True}, False, False),
+        ({"unused": True}, {}, False, False),
+        ({"shift": 1.0}, {"shift": 2.0}, False, False),
+        ({}, {"pair": True}, False, False),
+        ({}, {}, True, False),
+    ],
+    ids=["same", "number", "unused", "unused first", "constant", "outputs", "arguments"],
+)
+def test_equal_modules_share_a_graph(one: dict[str, Any], other: dict[str, Any], masked: bool, shared: bool) -> None:
+    model = scramble(TwoHalves(Half(**one), Half(**other), masked))
+    inputs = [x.double() for x in networks.images()]
+    graph = trace(model, inputs)
+    plan = random_plan(graph, np.random.default_rng(3), groups=1.0, kernels=1.0)
+    result = check_masked_equivalence(model, graph, plan, inputs)
+    first, second = result.route.parts
+    assert (first.path, second.path) == ("one", "other")
+    assert (first.program is second.program) is shared
+    assert set(result.model.state_dict()) == set(model.state_dict())
+    if "unused" in one:
+        assert torch.equal(result.model.state_dict()["one.unused.weight"], model.one.unused.weight)
+
+
+def test_a_scale_of_none_in_an_attribute_is_no_literal() -> None:
+    """`scale=None` lets the product compute it from the width: no attribute of that value can follow."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.qkv, self.proj = None, nn.Linear(12, 24), nn.Linear(8, 12)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            z = functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            return self.proj(z.transpose(1, 2).flatten(2))
+
+    model = scramble(nn.Sequential(nn.Linear(12, 12), Product()))
+    inputs = [x.double() for x in networks.tokens()]
+    graph = trace(model, inputs)
+    site = next(site for site in graph.all_sites if site.kind == "head-width")
+    result = perform(model, graph, Cuts(keep={site.atom: np.array([0, 2, 3])}))
+    assert [part.path for part in result.route.parts] == ["1"]
 
 
 def test_a_module_with_a_literal_that_is_called_twice_falls_back_on_the_whole() -> None:
