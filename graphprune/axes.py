@@ -13,7 +13,7 @@ While an operator table is walked, axes are mutable (`Axis`); afterwards each is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -62,6 +62,15 @@ def freeze(axis: Axis, reason: str) -> None:
         axis.frozen[reason] = None
     for part in axis.parts:
         freeze(part, reason)
+
+
+def leaves(axis: Axis) -> Iterator[Axis]:
+    """The atoms that an axis is made of."""
+    axis = find(axis)
+    if axis.kind == "atom":
+        yield axis
+    for part in axis.parts:
+        yield from leaves(part)
 
 
 def unify(one: Axis, other: Axis, reason: str) -> None:

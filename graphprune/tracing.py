@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
-from graphprune.axes import Axis, Finisher, Form, freeze, frozen_axis
+from graphprune.axes import Axis, Finisher, Form, freeze, frozen_axis, leaves
 from graphprune.errors import InputError, StepError
 from graphprune.graph import Layer, ModelGraph, Node, Parameter
 from graphprune.operators import Attention, Convolution, Linear
@@ -53,7 +53,24 @@ def trace(
     _check_forward(fresh_copy(model), pair)
     with _limit(time_limit):
         program = export(fresh_copy(model), pair, {})
-    return _Walk(program, model).graph()
+        training = _training_program(program, model, pair)
+    return _Walk(program, model).graph(training)
+
+
+def _training_program(
+    program: torch.export.ExportedProgram, model: nn.Module, inputs: tuple[torch.Tensor, ...]
+) -> torch.export.ExportedProgram | None:
+    """The model in train mode, where only that reads some parameters (auxiliary heads) and all its calls have rules."""
+    parameters = program.graph_signature.inputs_to_parameters
+    if all(node.users for node in program.graph.nodes if node.name in parameters):
+        return None
+    try:
+        found = export(copied(model).train(), inputs, {})
+    except StepError:
+        return None
+    calls = [node for node in found.graph.nodes if node.op == "call_function" and shapes_of(node)]
+    known = all(operator_name(node) in RULES or operator_name(node) == "getitem" for node in calls)
+    return found if known else None
 
 
 def _as_tuple(example_inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -142,24 +159,43 @@ class _Walk:
     known: dict[fx.Node, Any] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    tied: dict[int, list[Axis]] = field(default_factory=dict)
+    """The axes of each tensor of the model, by its id."""
+    read: set[int] = field(default_factory=set)
+    """The tensors that some operator reads."""
 
-    def graph(self) -> ModelGraph:
+    def graph(self, training: torch.export.ExportedProgram | None = None) -> ModelGraph:
+        """The graph of the program; what only the training program reads is cut along with what it reads there."""
+        self.couple()
+        if training is not None:
+            _Walk(training, self.model, tied=self.tied, read=self.read).couple()
+        deployed = {id(leaf) for node in self.known if node.op == "call_function" for leaf in self._leaves(node)}
+        for tensor, axes in self.tied.items():
+            why = "only training reads it" if tensor in self.read else "no operator reads it"
+            for leaf in (leaf for axis in axes for leaf in leaves(axis)):
+                if tensor not in self.read or (training is not None and id(leaf) not in deployed):
+                    freeze(leaf, why)
+        return self._finish()
+
+    def _leaves(self, node: fx.Node) -> Iterator[Axis]:
+        """The atoms of all that a node reads and makes."""
+        tensors = (axes for source in (node, *node.all_input_nodes) for axes in self._tensors(source))
+        return (leaf for axes in tensors for axis in axes for leaf in leaves(axis))
+
+    def couple(self) -> None:
+        """Unify the axes that the program's operators hold together."""
         self._placeholders()
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 self.known[node] = self._couple(node)
-            elif node.op == "output":
-                for source in node.all_input_nodes:
-                    for axis in self._tensors(source)[0]:
-                        freeze(axis, "it is an output of the model")
-        return self._finish()
+        (output,) = (node for node in self.program.graph.nodes if node.op == "output")
+        for axis in (axis for source in output.all_input_nodes for axis in self._tensors(source)[0]):
+            freeze(axis, "it is an output of the model")
 
     def _placeholders(self) -> None:
         signature = self.program.graph_signature
         specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
         state = state_of(self.model)
-        tied: dict[int, list[Axis]] = {}
-        read: dict[int, bool] = {}
         for node in self.program.graph.nodes:
             if node.op != "placeholder" or not (shapes := shapes_of(node)):
                 continue
@@ -167,14 +203,11 @@ class _Walk:
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 self.names[node.name] = str(spec.target)
                 tensor = id(state[str(spec.target)])
-                self.known[node] = tied.setdefault(tensor, [Axis(size) for size in shapes[0]])
-                read[tensor] = read.get(tensor, False) or bool(node.users)
+                self.known[node] = self.tied.setdefault(tensor, [Axis(size) for size in shapes[0]])
+                self.read |= {tensor} if node.users else set()
             else:
                 why = "it is an input of the model" if spec.kind is InputKind.USER_INPUT else "a constant in the code"
                 self.known[node] = [frozen_axis(size, why) for size in shapes[0]]
-        for tensor, axes in tied.items():
-            for axis in axes if not read[tensor] else ():
-                freeze(axis, "no operator reads it")
 
     def _couple(self, node: fx.Node) -> Any:
         if getattr(node.target, "__name__", "") == "getitem":

@@ -241,6 +241,38 @@ def test_modules_with_a_literal_become_graphs_and_the_rest_stays() -> None:
     torch.testing.assert_close(again(inputs[0]), result.model.eval()(inputs[0]))
 
 
+class Auxiliary(nn.Module):
+    """A second classifier that only training uses, and a layer that nothing ever reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last, self.head = networks.conv_bn(3, 8), networks.conv_bn(8, 6), nn.Linear(6, 4)
+        self.side = nn.Sequential(nn.Conv2d(8, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4))
+        self.unused = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        x = self.stem(x)
+        logits = self.head(self.last(x).mean((2, 3)))
+        return (logits, self.side(x)) if self.training else logits
+
+
+def test_what_only_training_reads_is_cut_too() -> None:
+    model = scramble(Auxiliary())
+    inputs = [x.double() for x in networks.images()]
+    graph = trace(model, inputs)
+    plan = random_plan(graph, np.random.default_rng(3), groups=1.0, kernels=1.0)
+    pruned = check_masked_equivalence(model, graph, plan, inputs).model
+    assert type(pruned) is Auxiliary
+    kept = len(next(choice.keep for choice in plan.choices if choice.site == "stem.0/channels"))
+    assert pruned.side[0].weight.shape == (5, kept, 1, 1)
+    assert pruned.unused.weight.shape == (2, 8)
+    logits, other = pruned.train()(inputs[0])
+    (logits.sum() + other.sum()).backward()
+    assert pruned.side[0].weight.grad is not None
+    groups = {(group.name, group.frozen) for group in graph.all_groups if group.name.startswith("unused")}
+    assert all(frozen == ("no operator reads it",) for _, frozen in groups)
+
+
 class Half(nn.Module):
     """A size in the code, and things that tell two of a kind apart."""
 
