@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graphprune import candidates as tables
-from graphprune import checkpoint, models
+from graphprune import checkpoint, exporters, models
 from graphprune.branches import outermost
 from graphprune.calibration import calibrate
 from graphprune.candidates import Candidates
@@ -142,7 +142,9 @@ def checked(net: Built, plan: Plan) -> Operation:
 
 
 def operators(model: nn.Module, inputs: list[Tensor]) -> Counter[str]:
-    return Counter(node.op_type for node in onnx.load_from_string(onnx_bytes(model, inputs)).graph.node)
+    """What torch's older exporter makes, also of an exported graph."""
+    converted = exporters.convert(exporters.prepare(model, inputs, True, None), (exporters.by_torchscript,))
+    return Counter(node.op_type for node in converted.graph)
 
 
 # --- where ----------------------------------------------------------------------------------------------------------
