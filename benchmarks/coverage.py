@@ -360,7 +360,7 @@ def summary(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "of these, with some modules as graphs": sum(facts.get("parts", 0) > 0 for facts in table),
         "median share of FLOPs in cuttable groups": median(shares or [0]),
         "models with less than half of their FLOPs in cuttable groups": sum(share < 0.5 for share in shares),
-        "median speed-up": median([facts["speedup"] for facts in done] or [0]),
+        "median speed-up": median([facts["speedup"] for facts in done if "speedup" in facts] or [0]),
         "median seconds of trace": median([facts["seconds"].get("trace", 0) for facts in done] or [0]),
     }
 
@@ -373,6 +373,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120, help="seconds per model")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time; speed-ups are measured after them")
     parser.add_argument("--again", action="store_true", help="also run models again that failed")
+    parser.add_argument("--untimed", action="store_true", help="leave the speed-ups for another call")
     parser.add_argument("--work", type=Path, default=Path("coverage_work"))
     parser.add_argument("--choose", action="store_true", help="write the list of timm's representatives anew")
     parser.add_argument("--torch-pruning", action="store_true", help="the same with Torch-Pruning (extra bench)")
@@ -389,7 +390,8 @@ def main() -> None:
         specs = random.Random(0).sample(specs, min(options.sample, len(specs)))
     with ThreadPoolExecutor(options.jobs) as pool:
         table = list(pool.map(lambda spec: run(spec, options), specs))
-    table = [time_files(facts, file_of(facts["model"], options)) for facts in table]
+    if not options.untimed:
+        table = [time_files(facts, file_of(facts["model"], options)) for facts in table]
     for name, value in summary(table).items():
         print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
     if not options.models and not options.sample:
