@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
+from graphprune.agents.fronts import front
 from graphprune.problem import Choices, Factor, Floats, Problem, Sum
 
 BINS = 2000
@@ -90,13 +91,6 @@ def _descend(costs: Sum, errors: Sum, sizes: tuple[int, ...], multiplier: float,
         if (setting == before).all():
             break
     return np.asarray(setting[0])
-
-
-def front(costs: Floats, errors: Floats) -> Vectors:
-    """Indices of the settings that no other beats in both cost and error, by rising cost."""
-    order = np.lexsort((errors, costs))
-    best = np.minimum.accumulate(np.concatenate([[np.inf], errors[order][:-1]]))
-    return order[errors[order] < best]
 
 
 def knapsack(costs: list[Floats], errors: list[Floats], budget: float) -> list[int] | None:

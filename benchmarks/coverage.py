@@ -3,7 +3,8 @@
     python benchmarks/coverage.py [--sample N] [--models SPEC,...] [--jobs 2]
 
 One small representative of every timm module, common names, torchvision's classification families, segmentation
-networks and detection backbones; random weights. Each model has a process of its own, one thread and 120 seconds.
+networks and detection backbones; random weights. Each model has a process of its own, one thread and 120 seconds of
+processor time, which is what a stage's seconds are too: so other work on the machine changes little.
 Resumable: what is known of a model is kept in `--work`, and only models that are not done are run (`--again` those that
 failed as well). Speed-ups are measured when all models are through, one after another. Writes `results/coverage.json`;
 with `--torch-pruning` the same of Torch-Pruning, in a work folder of its own, to `results/coverage_torch_pruning.json`.
@@ -14,7 +15,9 @@ import argparse
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +33,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 REPRESENTATIVES = RESULTS / "coverage_models.json"
 LARGEST = 60e6
+PATIENCE = 5
+"""A process that makes no use of its processor is ended after that many times the limit."""
 KEEP, ALIGN = 0.5, 8
 ROUNDS = 12
 COMMON = """
@@ -112,9 +117,9 @@ class Log:
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage."""
         self.note(stage=name)
-        start = time.perf_counter()
+        start = time.process_time()
         yield
-        self.facts["seconds"][name] = round(time.perf_counter() - start, 3)
+        self.facts["seconds"][name] = round(time.process_time() - start, 3)
 
 
 def built(spec: str) -> tuple[Any, Any]:
@@ -269,8 +274,9 @@ def check_saved(spec: str, model: Any, graph: Any, plan: Any, pruned: Any, folde
         raise RuntimeError("the loaded model computes something else")
 
 
-def one(spec: str, file: Path, torch_pruning: bool) -> None:
-    """Examine a model and note how it ended."""
+def one(spec: str, file: Path, limit: int, torch_pruning: bool) -> None:
+    """Examine a model and note how it ended; past the limit in seconds of processor time the process is killed."""
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
     log = Log(spec, file)
     log.note()
     try:
@@ -286,7 +292,12 @@ def one(spec: str, file: Path, torch_pruning: bool) -> None:
 def file_of(spec: str, options: argparse.Namespace) -> Path:
     """Where the facts of a model stand."""
     folder: Path = options.work
-    return folder / (spec.replace(":", "-").replace("?", "-").replace("&", "-") + ".json")
+    return folder / f"{file_name(spec)}.json"
+
+
+def file_name(spec: str) -> str:
+    """A spec as the name of a file or a folder."""
+    return spec.replace(":", "-").replace("?", "-").replace("&", "-")
 
 
 def run(spec: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -296,19 +307,20 @@ def run(spec: str, options: argparse.Namespace) -> dict[str, Any]:
         known: dict[str, Any] = json.loads(file.read_text())
         if known["stage"] == "done" or ("error" in known and not options.again):
             return known
-    command = [sys.executable, __file__, "--one", spec, "--file", str(file)]
+    command = [sys.executable, __file__, "--one", spec, "--file", str(file), "--limit", str(options.limit)]
     command += ["--torch-pruning"] if options.torch_pruning else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            command, timeout=options.limit, capture_output=True, text=True, check=False, env=environment
+            command, timeout=PATIENCE * options.limit, capture_output=True, text=True, check=False, env=environment
         )
-        facts: dict[str, Any] = json.loads(file.read_text())
-        if facts["stage"] != "done" and "error" not in facts:
-            facts["error"] = f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
+        ended = f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
+        late = done.returncode == -signal.SIGXCPU
     except subprocess.TimeoutExpired:
-        facts = json.loads(file.read_text()) if file.exists() else {"model": spec, "stage": "build", "seconds": {}}
-        facts["error"] = f"not done in {options.limit} s"
+        ended, late = "", True
+    facts = json.loads(file.read_text()) if file.exists() else {"model": spec, "stage": "build", "seconds": {}}
+    if facts["stage"] != "done" and "error" not in facts:
+        facts["error"] = f"not done in {options.limit} s" if late else ended
     file.write_text(json.dumps(facts))
     print(line(facts), flush=True)
     return facts
@@ -370,7 +382,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="", help="specs, separated by commas; all of the table by default")
     parser.add_argument("--sample", type=int, default=0, help="that many of them, drawn with seed 0")
-    parser.add_argument("--limit", type=float, default=120, help="seconds per model")
+    parser.add_argument("--limit", type=int, default=120, help="seconds of processor time per model")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time; speed-ups are measured after them")
     parser.add_argument("--again", action="store_true", help="also run models again that failed")
     parser.add_argument("--untimed", action="store_true", help="leave the speed-ups for another call")
@@ -383,7 +395,7 @@ def main() -> None:
     if options.choose:
         return choose_representatives()
     if options.one:
-        return one(options.one, options.file, options.torch_pruning)
+        return one(options.one, options.file, options.limit, options.torch_pruning)
     options.work.mkdir(parents=True, exist_ok=True)
     specs = options.models.split(",") if options.models else all_specs()
     if options.sample:

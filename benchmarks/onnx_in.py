@@ -46,7 +46,9 @@ def examine(spec: str) -> dict[str, Any]:
 
 def run(spec: str, options: argparse.Namespace) -> dict[str, Any]:
     """The facts of one model, from the folder or from a new process."""
-    folder = options.work / spec.replace(":", "-").replace("?", "-").replace("&", "-")
+    from coverage import file_name
+
+    folder = options.work / file_name(spec)
     known = folder / "facts.json"
     if known.exists():
         facts: dict[str, Any] = json.loads(known.read_text())

@@ -168,14 +168,19 @@ class _Walk:
         """The graph of the program; what only the training program reads is cut along with what it reads there."""
         self.couple()
         if training is not None:
-            _Walk(training, self.model, tied=self.tied, read=self.read).couple()
-        deployed = {id(leaf) for node in self.known if node.op == "call_function" for leaf in self._leaves(node)}
-        for tensor, axes in self.tied.items():
-            why = "only training reads it" if tensor in self.read else "no operator reads it"
-            for leaf in (leaf for axis in axes for leaf in leaves(axis)):
-                if tensor not in self.read or (training is not None and id(leaf) not in deployed):
-                    freeze(leaf, why)
+            self._couple_training(training)
+        for axis in (axis for tensor, axes in self.tied.items() if tensor not in self.read for axis in axes):
+            freeze(axis, "no operator reads it")
         return self._finish()
+
+    def _couple_training(self, program: torch.export.ExportedProgram) -> None:
+        """Cut what only training reads along with what feeds it; what is no part of the deployed graph stays."""
+        _Walk(program, self.model, tied=self.tied, read=self.read).couple()
+        deployed = {id(leaf) for node in self.known if node.op == "call_function" for leaf in self._leaves(node)}
+        read = (axis for tensor, axes in self.tied.items() if tensor in self.read for axis in axes)
+        for leaf in (leaf for axis in read for leaf in leaves(axis)):
+            if id(leaf) not in deployed:
+                freeze(leaf, "only training reads it")
 
     def _leaves(self, node: fx.Node) -> Iterator[Axis]:
         """The atoms of all that a node reads and makes."""
@@ -204,7 +209,8 @@ class _Walk:
                 self.names[node.name] = str(spec.target)
                 tensor = id(state[str(spec.target)])
                 self.known[node] = self.tied.setdefault(tensor, [Axis(size) for size in shapes[0]])
-                self.read |= {tensor} if node.users else set()
+                if node.users:
+                    self.read.add(tensor)
             else:
                 why = "it is an input of the model" if spec.kind is InputKind.USER_INPUT else "a constant in the code"
                 self.known[node] = [frozen_axis(size, why) for size in shapes[0]]

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from graphprune.agents.dp import DynamicProgramming, Solver, components, front, knapsack, sweep_multipliers
+from graphprune.agents.dp import DynamicProgramming, Solver, components, knapsack, sweep_multipliers
 from graphprune.problem import BudgetSpent, Factor, Sum
 from tests.agents.toys import feasible_plans, problem
 
@@ -43,17 +43,6 @@ def test_components_are_what_factors_tie_together() -> None:
     assert [len(part.settings) for part in found] == [6, 6, 2]
     dense = made.costs["latency"](made.dense)
     assert dense == pytest.approx(sum(part.costs[(part.settings == 0).all(axis=1)][0] for part in found))
-
-
-def test_front_keeps_what_nothing_beats() -> None:
-    rng = np.random.default_rng(0)
-    costs, errors = rng.integers(0, 12, 60).astype(float), rng.integers(0, 12, 60).astype(float)
-    kept = front(costs, errors)
-    pairs = set(zip(costs, errors, strict=True))
-    unbeaten = {(c, e) for c, e in pairs if not any((x <= c and y <= e and (x, y) != (c, e)) for x, y in pairs)}
-    assert {(costs[i], errors[i]) for i in kept} == unbeaten
-    assert len(kept) == len(unbeaten)
-    assert (np.diff(costs[kept]) > 0).all()
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -117,10 +117,8 @@ class Windows(nn.Module):
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
         self.qkv, self.proj = nn.Linear(channels, 6 * heads), nn.Linear(2 * heads, channels)
-        rows, columns = (
-            torch.arange(window[0] * window[1]) // window[1],
-            torch.arange(window[0] * window[1]) % window[1],
-        )
+        place = torch.arange(window[0] * window[1])
+        rows, columns = place // window[1], place % window[1]
         down, right = rows[:, None] - rows + window[0] - 1, columns[:, None] - columns + window[1] - 1
         self.register_buffer("index", (down * (2 * window[1] - 1) + right).flatten())
         self.table = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), heads))

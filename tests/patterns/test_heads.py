@@ -70,6 +70,14 @@ def test_attention_over_the_kept_heads(fused_product: bool) -> None:
         assert np.allclose(got, expected, rtol=0, atol=1e-12)
 
 
+def with_columns(model: Attention, stem: torch.Tensor, qkv: list[torch.Tensor], keep: list[int]) -> torch.Tensor:
+    """Attention of queries, keys and values of two heads at the scale of 4 columns, of whose values some are kept."""
+    q, k, v = qkv
+    z = torch.softmax(q @ k.mT / 4**0.5, -1) @ v
+    weight = model.proj.weight.unflatten(1, (2, 4))[:, :, keep].flatten(1)
+    return model.head(stem + functional.linear(z.transpose(1, 2).flatten(2), weight, model.proj.bias))
+
+
 @pytest.mark.parametrize("fused_product", [True, False])
 def test_narrower_values(fused_product: bool) -> None:
     """Values that are projected apart: some of their columns in every head, queries and keys as they were."""
@@ -85,10 +93,7 @@ def test_narrower_values(fused_product: bool) -> None:
         stem = model.stem(x)
         y = functional.layer_norm(stem, (12,), model.norm.weight, model.norm.bias, model.norm.eps)
         q, k, v = (model.weights[name](y).unflatten(-1, (2, 4)).transpose(1, 2) for name in "qkv")
-        z = torch.softmax(q @ k.mT / 4**0.5, -1) @ v[..., keep]
-        weight = model.proj.weight.unflatten(1, (2, 4))[:, :, keep].flatten(1)
-        expected = model.head(stem + functional.linear(z.transpose(1, 2).flatten(2), weight, model.proj.bias))
-        assert np.allclose(pruned(x), expected, rtol=0, atol=1e-12)
+        assert np.allclose(pruned(x), with_columns(model, stem, [q, k, v[..., keep]], keep), rtol=0, atol=1e-12)
     assert pruned.get_parameter("proj.weight").shape == (12, 6)
     layer = next(layer for layer in graph.layers if layer.widths)
     smaller = layer.after({site.atom: 3})
@@ -109,11 +114,7 @@ def test_narrower_heads(fused_product: bool) -> None:
         stem = model.stem(x)
         y = functional.layer_norm(stem, (12,), model.norm.weight, model.norm.bias, model.norm.eps)
         packed = model.weights["qkv"](y).unflatten(-1, (3, 2, 4))[..., keep].permute(2, 0, 3, 1, 4)
-        q, k, v = packed.unbind(0)
-        z = torch.softmax(q @ k.mT / 4**0.5, -1) @ v
-        weight = model.proj.weight.unflatten(1, (2, 4))[:, :, keep].flatten(1)
-        expected = model.head(stem + functional.linear(z.transpose(1, 2).flatten(2), weight, model.proj.bias))
-        assert np.allclose(pruned(x), expected, rtol=0, atol=1e-12)
+        assert np.allclose(pruned(x), with_columns(model, stem, [*packed], keep), rtol=0, atol=1e-12)
     (layer,) = (layer for layer in graph.layers if layer.widths)
     smaller = layer.after({site.atom: 3})
     assert (smaller.heads, smaller.width, smaller.value_width) == (2, 3, 3)
