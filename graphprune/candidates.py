@@ -268,8 +268,18 @@ class Candidates:
                 options.append(
                     Option(draft.pattern, draft.level, draft.keep, draft.share, error(alone), gain, geometry)
                 )
-            result.append(Decision(site.name, site.kind, nodes[site.node], tuple(options), self._gone_with(number)))
+            gone_with, importance = self._gone_with(number), tuple(self._importance(site).tolist())
+            result.append(Decision(site.name, site.kind, nodes[site.node], tuple(options), gone_with, importance))
         return tuple(result)
+
+    def _importance(self, site: Site) -> Floats:
+        """How large the weights of each unit are; of a kernel's input channels, the mean of |weight| over the rest."""
+        if site.atom >= 0:
+            return magnitudes(self.graph, site.atom)
+        if site.branch is not None:
+            return np.zeros(0)
+        weight = self.graph.exported.state_dict[self.graph.layer[site.node].weight].detach().double()
+        return np.asarray(weight.abs().mean((0, 2, 3)).numpy())
 
     def _gone_with(self, number: int) -> tuple[int, ...]:
         """The numbers of earlier sites whose branch holds all that is decided at a site."""

@@ -26,7 +26,8 @@ def decision(site: int, errors: np.ndarray) -> Decision:
         Option("dense" if not k else kind, str(k), (0,), float(s), float(e), float(1 / s), () if site % 2 else (1,) * 9)
         for k, (s, e) in enumerate(zip(shares, errors, strict=True))
     )
-    return Decision(f"site{site}", kind, site, options)
+    importance = tuple((1 + site + np.arange(8) ** 1.5).tolist())
+    return Decision(f"site{site}", kind, site, options, importance=importance)
 
 
 def problem(

@@ -348,3 +348,20 @@ def test_sites_without_an_option_are_left_out() -> None:
     made = candidates(graph, statistics, LinearProfile(block=64))
     assert [site.name for site in made.sites] == ["0/kernel", "3/kernel", "5/kernel"]
     assert made.cuts((0, 0, 0)) == Cuts()
+
+
+@pytest.mark.parametrize("name", ["conv", "vit"])
+def test_importance_has_a_value_for_each_unit_and_follows_its_weights(name: str) -> None:
+    made, graph = collected(name), built(name)[1]
+    nodes = {node.name: number for number, node in enumerate(graph.nodes)}
+    assert made.sites
+    for decision, site in zip(made.decisions(made.error(), nodes), made.sites, strict=True):
+        if site.branch is not None:
+            assert decision.importance == ()
+        elif site.kind == "kernel":
+            weight = graph.exported.state_dict[graph.layer[site.node].weight].detach().abs()
+            expected = [float(weight[:, channel].mean()) for channel in range(weight.shape[1])]
+            assert decision.importance == pytest.approx(expected)
+        else:
+            assert len(decision.importance) == site.size
+            assert min(decision.importance) > 0
