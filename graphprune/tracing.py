@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from graphprune.axes import Axis, Finisher, Form, freeze, frozen_axis, leaves
 from graphprune.errors import InputError, StepError
@@ -62,7 +64,10 @@ def _training_program(
 ) -> torch.export.ExportedProgram | None:
     """The model in train mode, where only that reads some parameters (auxiliary heads) and all its calls have rules."""
     parameters = program.graph_signature.inputs_to_parameters
-    if all(node.users for node in program.graph.nodes if node.name in parameters):
+    state = state_of(model)
+    read = {id(state[parameters[node.name]]) for node in program.graph.nodes if node.name in parameters and node.users}
+    unread = [name for name in parameters.values() if id(state[name]) not in read]
+    if not _reads_in_training(model, unread, inputs):
         return None
     try:
         found = export(copied(model).train(), inputs, {})
@@ -71,6 +76,35 @@ def _training_program(
     calls = [node for node in found.graph.nodes if node.op == "call_function" and shapes_of(node)]
     known = all(operator_name(node) in RULES or operator_name(node) == "getitem" for node in calls)
     return found if known else None
+
+
+def _reads_in_training(model: nn.Module, names: Sequence[str], inputs: tuple[torch.Tensor, ...]) -> bool:
+    """Whether a forward pass in train mode reads some of these parameters; costs far less than an export."""
+    if not names:
+        return False
+    subject = copied(model).train()
+    reads = _Reads({id(subject.get_parameter(name)) for name in names})
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), reads:
+            subject(*inputs)
+    except Exception:  # a model may refuse two random images in train mode; what it then reads nobody can tell
+        return False
+    return reads.found
+
+
+class _Reads(TorchFunctionMode):
+    """Notes whether some call gets one of these tensors."""
+
+    def __init__(self, tensors: set[int]) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.found = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.found = self.found or any(id(leaf) in self.tensors for leaf in tree_leaves((args, kwargs)))
+        return func(*args, **(kwargs or {}))
 
 
 def _as_tuple(example_inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -89,7 +123,7 @@ def fresh_copy(model: nn.Module) -> nn.Module:
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, also of a model that cached a tensor with a gradient history, which torch refuses to copy."""
-    leaves = (leaf for module in model.modules() for leaf in torch.utils._pytree.tree_leaves(vars(module)))
+    leaves = (leaf for module in model.modules() for leaf in tree_leaves(vars(module)))
     cached = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None]
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in cached})
 
@@ -112,7 +146,7 @@ def _check_forward(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
 def export(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> torch.export.ExportedProgram:
     """A call of a module as ATen operators, the first axis of each tensor of any size. Raises StepError."""
     shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for x in torch.utils._pytree.tree_leaves((inputs, named)):
+    for x in tree_leaves((inputs, named)):
         if isinstance(x, torch.Tensor) and x.dim():
             shapes[x] = {0: torch.export.Dim.AUTO}
     try:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from graphprune import tracing
 from graphprune.axes import unify
 from graphprune.errors import InputError, StepError
 from graphprune.operators import Attention, Convolution, Linear
@@ -285,3 +286,27 @@ def test_parameters_that_nothing_reads_are_no_sites() -> None:
     assert not graph.all_sites
     frozen = {group.frozen for group in graph.all_groups if group.name.startswith("unused")}
     assert frozen == {("no operator reads it",)}
+
+
+class Twice(nn.Module):
+    """One convolution under two names; with `side`, another that is only called in train mode."""
+
+    def __init__(self, side: bool) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 3, 3, padding=1)
+        self.other = self.one
+        self.side = nn.Conv2d(3, 3, 1) if side else None
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.other(self.one(x))
+        return (y, self.side(y)) if self.training and self.side is not None else (y,)
+
+
+@pytest.mark.parametrize("side", [False, True])
+def test_train_mode_is_exported_only_where_it_reads_more_than_eval_mode(side: bool) -> None:
+    model, state = Twice(side), torch.get_rng_state()
+    with mock.patch("graphprune.tracing.export", wraps=tracing.export) as exported:
+        trace(model, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert exported.call_count == 1 + side
+    assert torch.equal(torch.get_rng_state(), state)
