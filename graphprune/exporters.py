@@ -38,6 +38,7 @@ class Request:
     inputs: tuple[Tensor, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    output_shapes: tuple[tuple[int, ...], ...]
     batched_outputs: tuple[bool, ...]
     dynamic: bool
     opset: int | None
@@ -67,6 +68,7 @@ def prepare(model: nn.Module, example: Tensor | Sequence[Tensor], dynamic: bool,
         inputs=inputs,
         input_names=_input_names(subject, len(inputs)),
         output_names=("output",) if count == 1 else tuple(f"output_{index}" for index in range(count)),
+        output_shapes=tuple(tuple(x.shape) for x in outputs),
         batched_outputs=_batched(outputs, inputs[0]),
         dynamic=dynamic,
         opset=opset,
@@ -106,29 +108,63 @@ def _input_names(model: nn.Module, count: int) -> tuple[str, ...]:
     return tuple(f"input_{index}" for index in range(count))
 
 
-def convert(request: Request, routes: Sequence[Callable[[Request], ir.Model]]) -> ir.Model:
-    """The model from the first exporter that succeeds, rewritten for the engine. The first failure is what is told."""
-    errors: list[Exception] = []
+Route = Callable[[Request], ir.Model]
+
+
+def _accept(converted: ir.Model) -> None:
+    """Nothing is asked of the file."""
+
+
+def convert(request: Request, routes: Sequence[Route], accept: Callable[[ir.Model], None] = _accept) -> ir.Model:
+    """The model from the first exporter whose file, rewritten for the engine, is accepted: `accept` raises otherwise.
+
+    Of several failures a refusal is told before an exporter's own error.
+    """
+    failures: list[Exception] = []
     for route in routes:
         try:
-            with torch.no_grad(), _silence():
-                converted = route(request)
-                fold_pads(converted)
-                spread(converted)
-                drop_zeros(converted)
-            forget_source(converted)
-            return converted
+            converted = _converted(request, route)
+            accept(converted)
         except Exception as error:  # exporters raise anything, from TypeError to errors of their own
-            errors.append(error)
+            failures.append(error)
+        else:
+            return converted
+    refusal = next((error for error in failures if isinstance(error, StepError)), None)
+    if refusal is not None:
+        raise refusal
     advice = "; dynamic_batch=False may help" if request.dynamic else ""
-    raise StepError(f"the model cannot be exported to ONNX: {_reason(errors[0])}{advice}") from errors[0]
+    raise StepError(f"the model cannot be exported to ONNX: {_reason(failures[0])}{advice}") from failures[0]
 
 
-def routes(request: Request, quick: bool) -> tuple[Callable[[Request], ir.Model], ...]:
-    """The exporters to try, in their order. The older one writes the example's batch size into exported graphs."""
+def _converted(request: Request, route: Route) -> ir.Model:
+    with torch.no_grad(), _silence():
+        converted = route(request)
+        fold_pads(converted)
+        spread(converted)
+        drop_zeros(converted)
+    _declare_outputs(converted, request)
+    forget_source(converted)
+    return converted
+
+
+def _declare_outputs(model: ir.Model, request: Request) -> None:
+    """State the sizes of the outputs that are known, in place: the older exporter loses some of them."""
+    for value, shape, batched in zip(model.graph.outputs, request.output_shapes, request.batched_outputs, strict=True):
+        if not request.dynamic:
+            value.shape = ir.Shape(shape)
+        elif batched:
+            value.shape = ir.Shape(["batch", *shape[1:]])
+
+
+def routes(request: Request) -> tuple[Route, ...]:
+    """The exporters to try, in their order.
+
+    torch's older one comes first: its files run as fast, and it takes a fraction of the time
+    (`benchmarks/exporters.py`). But it writes the example's batch size into exported graphs.
+    """
     if any(isinstance(module, fx.GraphModule) for module in request.model.modules()):
         return (by_dynamo,)
-    return (by_torchscript, by_dynamo) if quick else (by_dynamo, by_torchscript)
+    return (by_torchscript, by_dynamo)
 
 
 def forget_source(model: ir.Model) -> None:

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper
 from torch import nn
 
 import graphprune as gp
-from graphprune import models
+from graphprune import exporters, models
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
-from graphprune.export import onnx_bytes
 from graphprune.onnx_import import import_onnx
 from graphprune.onnx_operators import OPERATORS, OnnxCall, onnx_operator
 from tests.graphprune import networks
@@ -24,9 +24,8 @@ from tests.graphprune.oracle import outputs_of, relative_error, scramble
 def exported(model: nn.Module, inputs: list[torch.Tensor], folder: Path, newer: bool) -> Path:
     """The file of one of torch's two exporters."""
     file = folder / "model.onnx"
-    if newer:
-        return gp.export_onnx(model, file, inputs, tolerance=1e-3)
-    file.write_bytes(onnx_bytes(model, inputs))
+    route = exporters.by_dynamo if newer else exporters.by_torchscript
+    ir.save(exporters.convert(exporters.prepare(model, inputs, True, None), (route,)), file)
     return file
 
 
