@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
@@ -112,16 +113,24 @@ def _drop(module: fx.GraphModule, branches: Sequence[Branch]) -> None:
 
 
 def plain_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The program as an ordinary module: without input guards, with `train` and `eval`."""
-    unlifted = program.module(check_guards=False)
-    unlifted.graph._codegen = copy.copy(unlifted.graph._codegen)
-    plain = fx.GraphModule(unlifted, unlifted.graph)
+    """The program as an ordinary module: without input guards, with `train` and `eval`. Its tensors are the program's.
+
+    Lifting the weights back in takes longer than cutting them, so that is done once for each program.
+    """
+    if program not in _UNLIFTED:
+        _UNLIFTED[program] = program.module(check_guards=False)
+        _UNLIFTED[program].graph._codegen = copy.copy(_UNLIFTED[program].graph._codegen)
+    unlifted = _UNLIFTED[program]
+    plain = fx.GraphModule(unlifted, copy.deepcopy(unlifted.graph))
     plain.meta.clear()
     for name in program.constants:  # what the code makes anew is no part of the model's state
         if name in plain._buffers:
             plain._non_persistent_buffers_set.add(name)
     _forget_caches(plain)
     return plain
+
+
+_UNLIFTED: WeakKeyDictionary[torch.export.ExportedProgram, fx.GraphModule] = WeakKeyDictionary()
 
 
 def _forget_caches(module: fx.GraphModule) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import InputError, StepError
 from graphprune.images import Epoch, crop_and_flip
+from graphprune.sequential import Judgement, hopeless
 
 Batch = tuple[Tensor, Tensor | None]
 """Inputs [N, C, H, W], normalised, and their targets [N], None where there are no labels."""
@@ -65,6 +66,37 @@ class Task:
     def accuracy(self, model: nn.Module) -> float:
         """The metric of the model on the validation slice. Raises StepError when an output or the metric is NaN."""
         return self._score(model, self.validation)
+
+    def judge(self, model: nn.Module, bar: float) -> Judgement:
+        """The metric as far as it takes to see that the model will not reach `bar`, an accuracy.
+
+        The images must be in random order (`shuffled`). A metric of the caller's own is no share of images, so it is
+        always read to the end. Raises as `accuracy` does.
+        """
+        total = sum(len(inputs) for inputs, _ in self.validation)
+        if self.metric is not top1:
+            return Judgement(self.accuracy(model), total, total)
+        correct = seen = 0
+        for batch in self.validation:
+            correct += round(self._score(model, [batch]) * len(batch[0]))
+            seen += len(batch[0])
+            if hopeless(correct, seen, total, bar):
+                break
+        return Judgement(correct / seen, seen, total)
+
+    def shuffled(self, seed: int = 0) -> Self:
+        """The same task with its validation images in a random order, in batches of the size of the first.
+
+        Left as it is where batches hold images of different sizes, or some without targets.
+        """
+        shapes = {inputs.shape[1:] for inputs, _ in self.validation}
+        if not self.labelled or len(shapes) > 1:
+            return self
+        inputs = torch.cat([inputs for inputs, _ in self.validation])
+        targets = torch.cat([targets for _, targets in self.validation if targets is not None])
+        order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
+        pieces = order.split(len(self.validation[0][0]))
+        return replace(self, validation=tuple((inputs[piece], targets[piece]) for piece in pieces))
 
     def test_accuracy(self, model: nn.Module) -> float:
         """The metric on the test set: for published rows only. Raises InputError when the task has none."""
