@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
+from typing import Any
 
 import torch
 import torch_pruning
@@ -81,28 +82,36 @@ class TorchPruning:
 def halve(model: nn.Module, example: Tensor, ratio: float, round_to: int) -> nn.Module:
     """A copy with a share of the channels of every group gone, by magnitude; the output layers are ignored.
 
-    Heads of fused attention are given and followed as the examples for timm's transformers do.
+    Heads of fused attention are followed as the examples for timm's transformers do.
     """
     pruned = copy.deepcopy(model).eval()
-    fused = [m for m in pruned.modules() if isinstance(getattr(m, "qkv", None), nn.Linear) and hasattr(m, "num_heads")]
-    outputs = [layer for layer in pruned.modules() if isinstance(layer, nn.Linear)][-1:]
-    pruner = torch_pruning.pruner.BasePruner(
-        pruned,
+    pruner = halving_pruner(pruned, example, ratio, round_to)
+    pruner.step()
+    for module in _fused_attention(pruned):
+        module.num_heads = pruner.num_heads[module.qkv]
+        module.attn_dim = module.qkv.out_features // 3  # timm has had this attribute since those examples
+        module.head_dim = module.attn_dim // module.num_heads
+    return pruned
+
+
+def halving_pruner(model: nn.Module, example: Tensor, ratio: float, round_to: int) -> torch_pruning.pruner.BasePruner:
+    """A pruner of the model itself, its dependency graph built; heads of fused attention are given to it."""
+    outputs = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1:]
+    return torch_pruning.pruner.BasePruner(
+        model,
         example,
         importance=torch_pruning.importance.MagnitudeImportance(p=2),
         pruning_ratio=ratio,
         ignored_layers=outputs,
         round_to=round_to,
-        num_heads={module.qkv: module.num_heads for module in fused},
+        num_heads={module.qkv: module.num_heads for module in _fused_attention(model)},
         prune_num_heads=False,
         prune_head_dims=True,
     )
-    pruner.step()
-    for module in fused:
-        module.num_heads = pruner.num_heads[module.qkv]
-        module.attn_dim = module.qkv.out_features // 3  # timm has had this attribute since those examples
-        module.head_dim = module.attn_dim // module.num_heads
-    return pruned
+
+
+def _fused_attention(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(getattr(m, "qkv", None), nn.Linear) and hasattr(m, "num_heads")]
 
 
 def _gradients(dense: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor | None, ...]:

@@ -56,6 +56,15 @@ def trace(
     with _limit(time_limit):
         program = export(fresh_copy(model), pair, {})
         training = _training_program(program, model, pair)
+    return coupled(program, model, training)
+
+
+def coupled(
+    program: torch.export.ExportedProgram,
+    model: nn.Module,
+    training: torch.export.ExportedProgram | None = None,
+) -> ModelGraph:
+    """The graph of an exported model; `training` is the model in train mode, where that reads more parameters."""
     return _Walk(program, model).graph(training)
 
 
