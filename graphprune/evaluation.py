@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Self
 
 from torch import nn
@@ -22,6 +23,7 @@ from graphprune.problem import Choices, Sum
 from graphprune.record import Record, Share
 from graphprune.repair import Reference, repair
 from graphprune.routes import Route
+from graphprune.sequential import Bar, hopeless
 from graphprune.study import Study
 from graphprune.surgery import cut_along, perform
 from graphprune.task import Task
@@ -91,32 +93,41 @@ class Evaluator:
     seed: int
     listener: Listener | None = None
     best: float = field(default=-1.0)
+    bar: Bar = field(default_factory=Bar)
 
     def __call__(self, choices: Choices) -> Record:
         """The record of a choice vector, new or from the study."""
         plan = self.plan_of(choices)
-        record = self.study.find(plan)
-        if record is None:
+        record = self.study.find(plan, self.agent, self.seed)
+        if record is None or self._deserves_more(record):
             record = self._judge(plan, choices)
             self.study.add(record)
         record = replace(record, feasible=self._feasible(record), agent=self.agent, seed=self.seed)
-        if record.feasible and record.accuracy is not None:
+        if record.feasible and record.accuracy is not None and not record.images:
             self.best = max(self.best, record.accuracy)
+            self.bar.raise_by(record.accuracy)
         if self.listener is not None:
             self.listener(record)
         return record
 
     def probe(self, choices: Choices) -> Record:
-        """A record with a measured latency, whatever its accuracy, or with an error.
+        """A record with a measured latency, whatever its accuracy (it is judged on the first images only), or an error.
 
         A stored one makes a resumed search go the same way.
         """
         plan = self.plan_of(choices)
-        record = self.study.find(plan)
+        record = self.study.find(plan, self.agent, self.seed)
         if record is None or (record.measured is None and record.error is None):
             record = self._judge(plan, choices, always=True)
             self.study.add(record)
         return record
+
+    def _deserves_more(self, record: Record) -> bool:
+        """Whether a candidate that was given up might be among the best by now: another agent set another bar."""
+        if record.accuracy is None or not record.images:
+            return False
+        correct = round(record.accuracy * record.images)
+        return not hopeless(correct, record.images, self.bench.task.images, self.bar.height)
 
     def _judge(self, plan: Plan, choices: Choices, always: bool = False) -> Record:
         start = time.perf_counter()
@@ -134,9 +145,10 @@ class Evaluator:
     def _evaluate(self, blank: Record, choices: Choices, always: bool) -> Record:
         pruned = self.bench.build(self.candidates.cuts(choices))
         counts = count(pruned, self.bench.task.example_inputs)
-        accuracy = self.bench.task.accuracy(pruned)
-        record = replace(blank, accuracy=accuracy, flops=counts.flops, params=counts.params)
-        if always or (accuracy > self.best and self._feasible(record)):
+        found = self.bench.task.judge(pruned, inf if always else self.bar.height)
+        images = 0 if found.complete else found.images
+        record = replace(blank, accuracy=found.accuracy, images=images, flops=counts.flops, params=counts.params)
+        if always or (found.complete and found.accuracy > self.best and self._feasible(record)):
             record = replace(record, measured=self.measure(pruned))
         return record
 

@@ -43,8 +43,8 @@ class Decision:
     """A site as agents see it: its options (option 0 is dense) and the node of the graph it belongs to.
 
     `gone_with` are the numbers of earlier decisions, about branches, after any of which but "dense" nothing is left
-    here to decide. `importance` is how large the weights of each unit are: of a group's channels, heads or hidden units,
-    of the input channels of a kernel; empty for branches.
+    here to decide. `importance` is how large the weights of each unit are: of a group's channels, heads or hidden
+    units, of the input channels of a kernel; empty for branches.
     """
 
     site: str

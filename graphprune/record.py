@@ -25,7 +25,8 @@ class Record:
     """What is known of one plan.
 
     `accuracy` is the task's metric on the validation slice, in [0, 1]; `predicted` are shares of the dense model
-    (latency, flops, params); `measured` is there when the plan was exported and run; `flops` (multiply-adds x 2) and
+    (latency, flops, params); `images` is how many images it is over where a hopeless candidate was given up, 0 where it
+    is over all of them; `measured` is there when the plan was exported and run; `flops` (multiply-adds x 2) and
     `params` are counted on the pruned model. A candidate that failed has `error` and no accuracy.
     """
 
@@ -41,6 +42,7 @@ class Record:
     seed: int = 0
     seconds: float = 0.0
     environment: Mapping[str, str] = field(default_factory=dict)
+    images: int = 0
 
     @property
     def rank(self) -> tuple[bool, float, float]:

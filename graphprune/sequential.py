@@ -4,13 +4,16 @@ What is left of the validation slice is drawn without replacement, so the number
 is hypergeometric, and whether a bar is still within reach can be told exactly, without an approximation.
 """
 
-from dataclasses import dataclass
+import heapq
+from dataclasses import dataclass, field
 from math import ceil
 
 from scipy.stats import hypergeom
 
 LEVEL = 1e-4
 """Chance that a candidate which would just reach the bar is given up at one look."""
+KEPT = 10
+"""So many of the best candidates are judged on every image."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,28 @@ def hopeless(correct: int, seen: int, total: int, bar: float) -> bool:
 
     `bar` is an accuracy in [0, 1]; the images seen are a random sample of all.
     """
+    if bar > 1:
+        return True
     needed = ceil(bar * total - 1e-9)
     if correct + total - seen < needed:
         return True
-    return bool(hypergeom.cdf(correct, total, min(needed, total), seen) < LEVEL)
+    return bool(hypergeom.cdf(correct, total, needed, seen) < LEVEL)
+
+
+@dataclass
+class Bar:
+    """What a candidate must reach to be among the `KEPT` best so far; 0 while there are fewer."""
+
+    _best: list[float] = field(default_factory=list)
+
+    @property
+    def height(self) -> float:
+        """The accuracy of the last of the best."""
+        return self._best[0] if len(self._best) == KEPT else 0.0
+
+    def raise_by(self, accuracy: float) -> None:
+        """A candidate was judged on every image."""
+        if len(self._best) < KEPT:
+            heapq.heappush(self._best, accuracy)
+        else:
+            heapq.heappushpop(self._best, accuracy)

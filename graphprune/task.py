@@ -40,7 +40,8 @@ class Task:
     `validation` batches of inputs and targets; both are cut from training data and share no image. `train(seed)` gives
     one augmented epoch; `test()` the test set, which is read once for a published row. `metric` maps all outputs (the
     first one of a model with several) and targets to a number where larger is better. All inputs are normalised:
-    (pixel in [0, 1] - mean) / std, per channel.
+    (pixel in [0, 1] - mean) / std, per channel. `in_random_order` says that any first validation images are a fair
+    sample of all of them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Task:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     metric: Metric = top1
+    in_random_order: bool = False
 
     def __post_init__(self) -> None:
         for part, batches in (("calibration", self.calibration), ("validation", self.validation)):
@@ -63,6 +65,11 @@ class Task:
         """Whether every validation batch has targets."""
         return all(targets is not None for _, targets in self.validation)
 
+    @property
+    def images(self) -> int:
+        """How many validation images there are."""
+        return sum(len(inputs) for inputs, _ in self.validation)
+
     def accuracy(self, model: nn.Module) -> float:
         """The metric of the model on the validation slice. Raises StepError when an output or the metric is NaN."""
         return self._score(model, self.validation)
@@ -70,11 +77,11 @@ class Task:
     def judge(self, model: nn.Module, bar: float) -> Judgement:
         """The metric as far as it takes to see that the model will not reach `bar`, an accuracy.
 
-        The images must be in random order (`shuffled`). A metric of the caller's own is no share of images, so it is
-        always read to the end. Raises as `accuracy` does.
+        Every image is read where they are in no random order, and for a metric of the caller's own, which is no share
+        of images. Raises as `accuracy` does.
         """
-        total = sum(len(inputs) for inputs, _ in self.validation)
-        if self.metric is not top1:
+        total = self.images
+        if self.metric is not top1 or not self.in_random_order:
             return Judgement(self.accuracy(model), total, total)
         correct = seen = 0
         for batch in self.validation:
@@ -96,7 +103,8 @@ class Task:
         targets = torch.cat([targets for _, targets in self.validation if targets is not None])
         order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
         pieces = order.split(len(self.validation[0][0]))
-        return replace(self, validation=tuple((inputs[piece], targets[piece]) for piece in pieces))
+        batches = tuple((inputs[piece], targets[piece]) for piece in pieces)
+        return replace(self, validation=batches, in_random_order=True)
 
     def test_accuracy(self, model: nn.Module) -> float:
         """The metric on the test set: for published rows only. Raises InputError when the task has none."""

@@ -1,7 +1,7 @@
 """Records: what is counted, what is measured and when, what is served from the study, and what failure becomes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from graphprune.calibration import calibrate
 from graphprune.candidates import Candidates
-from graphprune.counting import count
+from graphprune.counting import Counts, count
 from graphprune.cuts import Cuts
 from graphprune.engines.fake import FakeEngine
 from graphprune.evaluation import Evaluator, Workbench
@@ -22,8 +22,11 @@ from graphprune.export import onnx_bytes
 from graphprune.plan import Choice, Plan
 from graphprune.problem import Choices, Sum
 from graphprune.repair import make_reference
+from graphprune.sequential import KEPT, Bar
 from graphprune.study import Study, label
+from graphprune.task import Task
 from graphprune.tracing import trace
+from tests.graphprune import tiny
 from tests.graphprune.networks import Literal, images
 from tests.graphprune.tiny import candidates, fitted, task
 
@@ -289,3 +292,57 @@ def test_a_settled_bench_has_no_more_graphs_than_its_cuts_need() -> None:
     one, other = settled.build(Cuts(keep=hidden)), bench.build(Cuts(keep=hidden))
     assert type(one.blocks[0].attn) is type(model.blocks[0].attn) is not type(other.blocks[0].attn)
     assert torch.allclose(one(x), other(x), rtol=0, atol=1e-5)
+
+
+class OfAccuracy(nn.Module):
+    """Right on a share of the striped images of the tiny task, spread over all of them."""
+
+    def __init__(self, labels: torch.Tensor, share: float) -> None:
+        super().__init__()
+        right = torch.rand(len(labels), generator=torch.Generator().manual_seed(3)).argsort() < share * len(labels)
+        self.answers = torch.where(right, labels, (labels + 1) % 4)
+        self.images = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.images
+        self.images += len(x)
+        return nn.functional.one_hot(self.answers[first : first + len(x)], 4).float()
+
+
+def test_hopeless_candidates_are_given_up_and_judged_anew_where_another_bar_is_lower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, labels = tiny.images(640, 4)
+    batches = list(zip(x.split(32), labels.split(32), strict=True))
+    work = Task.from_loaders(None, batches, calibration=[x[:8]]).shuffled()
+    shuffled = torch.cat([y for _, y in work.validation if y is not None])
+    made = parts()
+    bench = replace(made.bench, task=work)
+    asked: list[OfAccuracy] = []
+
+    def judged(accuracy: float) -> Callable[[Workbench, Cuts], nn.Module]:
+        def build(self: Workbench, cuts: Cuts) -> nn.Module:
+            asked.append(OfAccuracy(shuffled, accuracy))
+            return asked[-1]
+
+        return build
+
+    monkeypatch.setattr("graphprune.evaluation.count", lambda *_: Counts(1, 1))
+    vectors = [tuple(vector) for vector in np.ndindex(*(len(made.found.drafts[s.name]) for s in made.found.sites))]
+    keen = replace(made.evaluator(LOOSE), bench=bench)
+    monkeypatch.setattr(Workbench, "build", judged(0.9))
+    assert [keen(vector).images for vector in vectors[1 : KEPT + 1]] == [0] * KEPT
+    assert {model.images for model in asked} == {640}
+    monkeypatch.setattr(Workbench, "build", judged(0.5))
+    given_up = keen(vectors[KEPT + 1])
+    assert 0 < given_up.images == asked[-1].images <= 128
+    assert given_up.accuracy == pytest.approx(0.5, abs=0.2)
+    builds = len(asked)
+    assert keen(vectors[KEPT + 1]).images == given_up.images
+    assert len(asked) == builds
+    modest = replace(keen, agent="another", bar=Bar(), best=-1.0)
+    whole = modest(vectors[KEPT + 1])
+    assert (whole.images, whole.accuracy, asked[-1].images) == (0, 0.5, 640)
+    assert replace(keen, agent="a third")(vectors[KEPT + 1]).images == 0  # served what is known best
+    assert keen(vectors[KEPT + 1]).images == given_up.images  # a search that goes on sees what it saw
+    assert len(asked) == builds + 1

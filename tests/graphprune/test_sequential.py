@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphprune.sequential import LEVEL, Judgement, hopeless
+from graphprune.sequential import KEPT, LEVEL, Bar, Judgement, hopeless
 from graphprune.task import Task
 
 
@@ -36,6 +36,14 @@ def test_candidates_at_the_bar_are_hardly_ever_given_up() -> None:
         right = rng.permutation(np.arange(1000) < 700)
         lost += any(hopeless(int(right[:seen].sum()), seen, 1000, 0.7) for seen in range(100, 1000, 100))
     assert lost <= 8  # nine looks at a level of 1e-4: 1.8 expected at most
+
+
+def test_the_bar_is_the_last_of_the_best() -> None:
+    bar, rng = Bar(), np.random.default_rng(0)
+    values = rng.random(50)
+    for number, value in enumerate(values):
+        assert bar.height == (sorted(values[:number])[-KEPT] if number >= KEPT else 0.0)
+        bar.raise_by(value)
 
 
 class Knows(nn.Module):
@@ -85,6 +93,12 @@ def test_images_of_different_sizes_stay_in_their_order() -> None:
     batches = [(torch.zeros(2, 1, 4, 4), torch.zeros(2).long()), (torch.zeros(2, 1, 5, 5), torch.ones(2).long())]
     odd = Task.from_loaders(None, batches, calibration=[torch.zeros(2, 1, 4, 4)])
     assert odd.shuffled() is odd
+
+
+def test_images_in_order_of_their_classes_are_all_read() -> None:
+    model = Knows(False)
+    assert task().judge(model, 0.9) == Judgement(0.25, 400, 400)
+    assert model.images == 400
 
 
 def test_a_metric_of_the_callers_own_is_read_to_the_end() -> None:
