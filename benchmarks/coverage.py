@@ -5,9 +5,10 @@
 One small representative of every timm module, common names, torchvision's classification families, segmentation
 networks and detection backbones; random weights. Each model has a process of its own, one thread and 120 seconds of
 processor time, which is what a stage's seconds are too: so other work on the machine changes little.
-Resumable: what is known of a model is kept in `--work`, and only models that are not done are run (`--again` those that
-failed as well). Speed-ups are measured when all models are through, one after another. Writes `results/coverage.json`;
-with `--torch-pruning` the same of Torch-Pruning, in a work folder of its own, to `results/coverage_torch_pruning.json`.
+Resumable: what is known of a model is kept in `--work`, to begin with what the results file knows, and only models that
+are not done are run (`--again` those that failed as well, `--afresh` all); no more are started after `--minutes`.
+Speed-ups are measured when all models are through, one after another. Writes `results/coverage.json`, each row with the
+commit that it is of; with `--torch-pruning` the same of Torch-Pruning to `results/coverage_torch_pruning.json`.
 `--choose` writes the list of timm representatives anew.
 """
 
@@ -25,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -106,7 +108,7 @@ class Log:
 
     def __init__(self, spec: str, file: Path) -> None:
         self.file = file
-        self.facts: dict[str, Any] = {"model": spec, "stage": "build", "seconds": {}}
+        self.facts: dict[str, Any] = {"model": spec, "commit": commit(), "stage": "build", "seconds": {}}
 
     def note(self, **facts: Any) -> None:
         """Add facts."""
@@ -289,6 +291,28 @@ def one(spec: str, file: Path, limit: int, torch_pruning: bool) -> None:
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
+def commit() -> str:
+    """The commit that is checked out."""
+    told = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip()
+
+
+def results_file(options: argparse.Namespace) -> Path:
+    """Where the table goes."""
+    return RESULTS / ("coverage_torch_pruning.json" if options.torch_pruning else "coverage.json")
+
+
+def recall(options: argparse.Namespace) -> None:
+    """Put what the results file knows into the work folder, where nothing newer is."""
+    table = results_file(options)
+    for facts in json.loads(table.read_text())["models"] if table.exists() else ():
+        file = file_of(facts["model"], options)
+        if not file.exists():
+            file.write_text(json.dumps(facts))
+
+
 def file_of(spec: str, options: argparse.Namespace) -> Path:
     """Where the facts of a model stand."""
     folder: Path = options.work
@@ -300,13 +324,15 @@ def file_name(spec: str) -> str:
     return spec.replace(":", "-").replace("?", "-").replace("&", "-")
 
 
-def run(spec: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The facts of one model: those that are known, or those of a new process."""
+def run(spec: str, options: argparse.Namespace, until: float) -> dict[str, Any] | None:
+    """The facts of one model: those that are known, or those of a new process; None where it is too late for one."""
     file = file_of(spec, options)
     if file.exists():
         known: dict[str, Any] = json.loads(file.read_text())
-        if known["stage"] == "done" or ("error" in known and not options.again):
+        if known["stage"] == "done" or ("error" in known and (not options.again or time.monotonic() > until)):
             return known
+    if time.monotonic() > until:
+        return None
     command = [sys.executable, __file__, "--one", spec, "--file", str(file), "--limit", str(options.limit)]
     command += ["--torch-pruning"] if options.torch_pruning else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -385,6 +411,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=120, help="seconds of processor time per model")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time; speed-ups are measured after them")
     parser.add_argument("--again", action="store_true", help="also run models again that failed")
+    parser.add_argument("--afresh", action="store_true", help="take nothing over from the results file")
+    parser.add_argument(
+        "--minutes", type=float, default=inf, help="start no more models after that; write what is known"
+    )
     parser.add_argument("--untimed", action="store_true", help="leave the speed-ups for another call")
     parser.add_argument("--work", type=Path, default=Path("coverage_work"))
     parser.add_argument("--choose", action="store_true", help="write the list of timm's representatives anew")
@@ -400,8 +430,11 @@ def main() -> None:
     specs = options.models.split(",") if options.models else all_specs()
     if options.sample:
         specs = random.Random(0).sample(specs, min(options.sample, len(specs)))
+    if not options.afresh:
+        recall(options)
+    until = time.monotonic() + 60 * options.minutes
     with ThreadPoolExecutor(options.jobs) as pool:
-        table = list(pool.map(lambda spec: run(spec, options), specs))
+        table = [facts for facts in pool.map(lambda spec: run(spec, options, until), specs) if facts is not None]
     if not options.untimed:
         table = [time_files(facts, file_of(facts["model"], options)) for facts in table]
     for name, value in summary(table).items():
@@ -410,8 +443,7 @@ def main() -> None:
         from graphprune.machine import environment
 
         body = {"summary": summary(table), "models": table, "keep": KEEP, "align": ALIGN, "environment": environment()}
-        name = "coverage_torch_pruning.json" if options.torch_pruning else "coverage.json"
-        (RESULTS / name).write_text(json.dumps(body, indent=1) + "\n")
+        results_file(options).write_text(json.dumps(body, indent=1) + "\n")
     return None
 
 
