@@ -14,22 +14,18 @@ missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
-from torch import Tensor
 
 from graphprune.agents.belief import Belief
 from graphprune.agents.encoder import PairPolicy
 from graphprune.agents.episodes import Episodes
+from graphprune.agents.policies import Learner, Weights, adopt, weights_of
 from graphprune.environment import Observer, reward
-from graphprune.errors import InputError
 from graphprune.problem import Choices, Problem
 from graphprune.randomness import seeded
 
@@ -86,13 +82,10 @@ def promise(belief: Belief, plans: Vectors) -> NDArray[np.float64]:
     return bound
 
 
-class AutoSculpt:
-    """The main agent. `load_policy` before `run` starts from the weights of an earlier run, on any model."""
+class AutoSculpt(Learner):
+    """The main agent."""
 
     name = "autosculpt"
-
-    def __init__(self) -> None:
-        self._weights: dict[str, Tensor] | None = None
 
     def run(self, problem: Problem, rng: np.random.Generator) -> None:
         """Search until the trials are spent or no new plan turns up."""
@@ -106,24 +99,11 @@ class AutoSculpt:
         finally:
             self._weights = search.weights()
 
-    def save_policy(self, path: str | Path) -> None:
-        """Write the weights as safetensors. Raises InputError before the first run."""
-        if self._weights is None:
-            raise InputError("the agent has no policy yet: run it, or load one")
-        Path(path).write_bytes(save(self._weights))
-
-    def load_policy(self, path: str | Path) -> None:
-        """Read weights that `save_policy` wrote. Raises InputError if the file is not such a policy."""
-        try:
-            self._weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot read a policy from {path}: {error}") from None
-
 
 class Search:
     """One run: a policy, what it believes, and the plans it has tried."""
 
-    def __init__(self, problem: Problem, rng: np.random.Generator, weights: dict[str, Tensor] | None) -> None:
+    def __init__(self, problem: Problem, rng: np.random.Generator, weights: Weights | None) -> None:
         self.problem = problem
         self.rng = rng
         self.observer = Observer(problem)
@@ -148,17 +128,11 @@ class Search:
             )
             self.ppo.set_logger(Logger(None, []))
             if weights is not None:
-                self._adopt(weights)
+                adopt(self.ppo.policy, weights)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Weights:
         """The policy's parameters, which do not depend on the problem's size."""
-        return {name: value.detach().clone().contiguous() for name, value in self.ppo.policy.state_dict().items()}
-
-    def _adopt(self, weights: dict[str, Tensor]) -> None:
-        try:
-            self.ppo.policy.load_state_dict(weights)
-        except RuntimeError as error:
-            raise InputError(f"the policy does not fit this version: {str(error).splitlines()[-1].strip()}") from None
+        return weights_of(self.ppo.policy)
 
     def warm_up(self, updates: int) -> None:
         """Train in imagination."""

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import inf
 from typing import Self
 
@@ -17,6 +19,7 @@ from graphprune.export import onnx_bytes
 from graphprune.graph import Branch, ModelGraph
 from graphprune.machine import environment
 from graphprune.measure import measure
+from graphprune.onnx_surgery import OnnxSurgeon
 from graphprune.parts import holds_node
 from graphprune.plan import Plan
 from graphprune.problem import Choices, Sum
@@ -41,12 +44,15 @@ class Workbench:
     reference: Reference
     task: Task
     route: Route = field(default_factory=Route)
+    widest: Cuts = field(default_factory=Cuts)
+    """A cut that touches everything that candidates may touch."""
 
     def probe(self, cuts: Cuts) -> None:
         """Find how this model is cut, by a cut that touches everything that candidates may touch.
 
         Branches are dropped apart from the other cuts, since those inside them would not show.
         """
+        self.widest = cuts
         self.route = perform(self.model, self.graph, replace(cuts, dropped=())).route
         if cuts.dropped and not self._may_drop(cuts.dropped):
             self.route = Route(own_class=False)
@@ -71,6 +77,24 @@ class Workbench:
         pruned = self.cut(cuts)
         repair(pruned, self.model, self.graph, cuts, self.reference)
         return pruned.eval()
+
+    def onnx(self, pruned: nn.Module, cuts: Cuts) -> bytes:
+        """A candidate as ONNX: cut out of the dense graph, or exported where that cannot be done."""
+        with suppress(StepError):
+            if self.surgeon is not None:
+                return self.surgeon.cut(cuts, pruned.state_dict())
+        return onnx_bytes(pruned, self.task.example_inputs)
+
+    @cached_property
+    def surgeon(self) -> OnnxSurgeon | None:
+        """What cuts the dense ONNX graph, made once; None where its cuts are not those of the module."""
+        try:
+            surgeon = OnnxSurgeon(self.graph)
+            for cuts in (replace(self.widest, dropped=()), self.widest):  # what goes with a branch would not show
+                surgeon.check(cuts)
+        except StepError:
+            return None
+        return surgeon
 
 
 @dataclass
@@ -143,22 +167,22 @@ class Evaluator:
         return replace(record, feasible=self._feasible(record))
 
     def _evaluate(self, blank: Record, choices: Choices, always: bool) -> Record:
-        pruned = self.bench.build(self.candidates.cuts(choices))
+        cuts = self.candidates.cuts(choices)
+        pruned = self.bench.build(cuts)
         counts = count(pruned, self.bench.task.example_inputs)
         found = self.bench.task.judge(pruned, inf if always else self.bar.height)
         images = 0 if found.complete else found.images
         record = replace(blank, accuracy=found.accuracy, images=images, flops=counts.flops, params=counts.params)
         if always or (found.complete and found.accuracy > self.best and self._feasible(record)):
-            record = replace(record, measured=self.measure(pruned))
+            record = replace(record, measured=self.measure(self.bench.onnx(pruned, cuts)))
         return record
 
     def predict(self, choices: Choices) -> dict[str, float]:
         """Predicted shares of the dense model."""
         return {name: cost(choices) for name, cost in self.costs.items()}
 
-    def measure(self, pruned: nn.Module, rounds: int = TRIAL_ROUNDS, fresh: bool = False) -> Share:
-        """The measured latency share of a module at batch 1. Raises StepError where it cannot be run."""
-        candidate = onnx_bytes(pruned, self.bench.task.example_inputs)
+    def measure(self, candidate: bytes, rounds: int = TRIAL_ROUNDS, fresh: bool = False) -> Share:
+        """The measured latency share of an ONNX model at batch 1. Raises StepError where it cannot be run."""
         measurement = measure([self.dense_onnx, candidate], rounds=rounds, engine=self.engine, fresh=fresh)
         share = measurement.shares[-1]
         if share is None:

@@ -177,11 +177,16 @@ def forget_source(model: ir.Model) -> None:
 
 def by_dynamo(request: Request) -> ir.Model:
     """torch.export, then torch's own ONNX translation and onnxscript's optimiser."""
+    return tidy(translated(request).model)
+
+
+def translated(request: Request) -> torch.onnx.ONNXProgram:
+    """torch.export and torch's own ONNX translation, operator by operator."""
     batch = torch.export.Dim("batch")
     axes: tuple[Any, ...] = tuple({0: batch} if batched else None for batched in request.batched)
     if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(request.model.forward).parameters.values()):
         axes = (axes,)
-    with _Translatable():
+    with torch.no_grad(), _silence(), _Translatable():
         program = torch.onnx.export(
             request.model,
             request.inputs,
@@ -195,7 +200,7 @@ def by_dynamo(request: Request) -> ir.Model:
         )
     if program is None:
         raise StepError("the exporter returned nothing")
-    return tidy(program.model)
+    return program
 
 
 _POOLING = (
@@ -206,7 +211,7 @@ _POOLING = (
 )
 
 
-_ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 
 
 class _Translatable(TorchFunctionMode):
@@ -221,7 +226,7 @@ class _Translatable(TorchFunctionMode):
     ) -> Any:
         if func in _POOLING:
             args = (args[0].contiguous(), *args[1:])
-        if func in _ATTENTION and args[0].dim() != 4:
+        if func in ATTENTION and args[0].dim() != 4:
             return _with_four_axes(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

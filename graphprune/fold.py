@@ -33,7 +33,7 @@ def fold_pads(model: ir.Model) -> int:
             continue
         own = np.array(node.attributes.get_ints("pads", [0] * 2 * rank))
         node.attributes["pads"] = ir.AttrInt64s("pads", [int(amount) for amount in own + np.maximum(amounts, 0)])
-        node.replace_input_with(0, _crop(model.graph, node, pad.inputs[0], np.maximum(-amounts, 0)))
+        node.replace_input_with(0, crop(model.graph, node, pad.inputs[0], np.maximum(-amounts, 0)))
         count += 1
     if count:
         RemoveUnusedNodesPass()(model)
@@ -72,7 +72,7 @@ def _constant(value: ir.Value) -> NDArray[Any] | None:
     return np.asarray(evaluator.run(None, feeds)[0])
 
 
-def _crop(graph: ir.Graph, before: ir.Node, value: ir.Value, amounts: NDArray[Any]) -> ir.Value:
+def crop(graph: ir.Graph, before: ir.Node, value: ir.Value, amounts: NDArray[Any]) -> ir.Value:
     """The value without `amounts` rows at the beginnings and ends of its spatial axes."""
     starts, ends = amounts.reshape(2, -1)
     axes = np.flatnonzero(starts + ends)
@@ -94,6 +94,6 @@ def initializer(graph: ir.Graph, name: str, data: NDArray[Any]) -> ir.Value:
     """A new constant of the graph, by a name that nothing has yet."""
     while name in graph.initializers:
         name += "_"
-    value = ir.Value(name=name, const_value=ir.tensor(data, name=name))
+    value = ir.Value(name=name, const_value=ir.Tensor(data, name=name))
     graph.register_initializer(value)
     return value

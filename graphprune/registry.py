@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graphprune.errors import InputError
 from graphprune.pattern import Pattern
@@ -38,8 +38,8 @@ def chosen_patterns(names: Sequence[str] | None) -> tuple[Pattern, ...]:
     return tuple(known for name, known in patterns().items() if name in wanted)
 
 
-def agent(name: str) -> "Agent":
-    """A new agent by name. Raises InputError for an unknown one."""
+def agent(name: str, **settings: Any) -> "Agent":
+    """A new agent by name. Raises InputError for an unknown one, and for settings that it does not have."""
     from graphprune.agents import create
 
-    return create(name)
+    return create(name, **settings)

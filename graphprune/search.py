@@ -25,9 +25,11 @@ from graphprune.export import onnx_bytes
 from graphprune.graph import ModelGraph
 from graphprune.machine import environment
 from graphprune.measure import share
+from graphprune.past import PROBLEM
 from graphprune.pattern import Pattern
 from graphprune.plan import Plan
 from graphprune.problem import BudgetSpent, Choices, Factor, Problem, Sum
+from graphprune.problem_file import pack
 from graphprune.profile import Profile
 from graphprune.record import Record
 from graphprune.registry import agent as create_agent
@@ -91,7 +93,7 @@ def search(  # noqa: PLR0913 - the public entry: what is searched, for what, by 
     others = [create_agent(name) for name in rivals]
     allowed = chosen_patterns(patterns)
     spec, module = (model, models.create(model)) if isinstance(model, str) else ("", model)
-    session = _Session.prepare(module, task, target, engine or OnnxRuntimeEngine(), allowed, study, progress or _quiet)
+    session = Session.prepare(module, task, target, engine or OnnxRuntimeEngine(), allowed, study, progress or _quiet)
     problem = session.solve(searcher, trials, seed)
     result = session.verify(problem, searcher.name, seed)
     records = {one.name: session.verify(session.solve(one, trials, seed), one.name, seed).record for one in others}
@@ -99,7 +101,7 @@ def search(  # noqa: PLR0913 - the public entry: what is searched, for what, by 
 
 
 @dataclass
-class _Session:
+class Session:
     """Everything that the agents of one search share."""
 
     module: nn.Module
@@ -121,11 +123,11 @@ class _Session:
     def prepare(
         cls, module: nn.Module, task: Task, target: Target, engine: Engine, allowed: Sequence[Pattern],
         study: str | Path | None, progress: Progress,
-    ) -> "_Session":  # fmt: skip
+    ) -> "Session":  # fmt: skip
         """Trace, profile, calibrate, and build the tables."""
         progress("trace", 0, 1, "")
         graph = remember(module, trace(module, task.example_inputs))
-        task = task.with_reference(module)
+        task = task.with_reference(module).shuffled()
         counts = count(module, task.example_inputs)
         dense_onnx = onnx_bytes(module, task.example_inputs)
         timing = engine.measure([dense_onnx])[0]
@@ -156,6 +158,7 @@ class _Session:
         session.bench.probe(candidates.cuts(session.problem(1, session._aims()).completions[0]))
         session._correct_latency()
         session._check_reachable()
+        store.attach(PROBLEM, pack(session.problem(1, session._aims())))
         return session
 
     # --- the problem ---------------------------------------------------------------------------------------------
@@ -282,7 +285,8 @@ class _Session:
         pruned = bench.build(cuts)
         measured = self.study.verified(record.plan)
         if measured is None:
-            measured = evaluator.measure(pruned, VERIFY_ROUNDS, fresh=engines.settings_of(self.engine) is not None)
+            exported = onnx_bytes(pruned, self.task.example_inputs)  # the file that will be delivered
+            measured = evaluator.measure(exported, VERIFY_ROUNDS, fresh=engines.settings_of(self.engine) is not None)
             self.study.keep_verified(replace(record, measured=measured))
         checked = replace(record, measured=measured)
         excess = max(self._excess(checked).values())

@@ -22,7 +22,7 @@ def spread(model: ir.Model) -> int:
         branches = _branches(node)
         if not branches:
             continue
-        if node.op_type == "BatchNormalization" and _fold_norm(model.graph, node, branches):
+        if node.op_type == "BatchNormalization" and fold_norm(model.graph, node, branches):
             count += 1
         elif node.op_type in ACTIVATIONS:
             _move_activation(model.graph, node, branches)
@@ -45,7 +45,7 @@ def _branches(node: ir.Node) -> list[ir.Node]:
     return found if len(found) == len(concat.inputs) else []
 
 
-def _fold_norm(graph: ir.Graph, node: ir.Node, convolutions: list[ir.Node]) -> bool:
+def fold_norm(graph: ir.Graph, node: ir.Node, convolutions: list[ir.Node]) -> bool:
     """Scale each convolution's weights and biases as the norm would; the Concat takes the norm's place."""
     gain, shift, mean, variance = (_constant(value) for value in node.inputs[1:5])
     weights = [_constant(conv.inputs[1]) for conv in convolutions]

@@ -1,5 +1,7 @@
 """The append-only store of the trials of one task: an Optuna study, so that Optuna's dashboard opens it."""
 
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +21,7 @@ from graphprune.storage import connect, one_line, sqlite_file, storage_url
 
 FORMAT = 1
 DENSE = "dense"
+ATTACHMENT = "attached"
 NAME_LENGTH = 512
 """Optuna's longest name of a parameter; a site with a longer name is stored, but is no column of the dashboard."""
 
@@ -52,7 +55,7 @@ class Study:
             site: CategoricalDistribution(labels) for site, labels in study.user_attrs["options"].items()
         }
         self._records: list[Record] = []
-        self._by_plan: dict[Plan, Record] = {}
+        self._by_plan: dict[Plan, list[Record]] = {}
         self._trials_read = 0
 
     @classmethod
@@ -93,11 +96,16 @@ class Study:
         with one_line("cannot store a trial", StepError):
             self._study.add_trial(trial)
 
-    def find(self, plan: Plan) -> Record | None:
-        """The first record of an identical plan, a failed one too; None if the plan was never tried."""
-        if plan not in self._by_plan:
+    def find(self, plan: Plan, agent: str = "", seed: int = 0) -> Record | None:
+        """The record of an identical plan, a failed one too; None if the plan was never tried.
+
+        What this agent got with this seed comes first, so that a search that goes on sees what it saw before; then one
+        over all images, then one that was given up.
+        """
+        if all(record.images for record in self._by_plan.get(plan, [])):
             self._refresh()
-        return self._by_plan.get(plan)
+        known = self._by_plan.get(plan, [])
+        return min(known, key=lambda r: ((r.agent, r.seed) != (agent, seed), r.images > 0), default=None)
 
     def verified(self, plan: Plan) -> Share | None:
         """What the verification of a plan measured before."""
@@ -108,6 +116,24 @@ class Study:
         """Store what a verification measured, so that a search that goes on ends the same way."""
         with one_line("cannot store a verification", StepError):
             self._study.set_user_attr(_verification(record.plan), record.to_json())
+
+    def attachment(self, name: str) -> bytes | None:
+        """What was attached under a name, else None. Raises InputError if it cannot be read."""
+        stored = self._study.user_attrs.get(f"{ATTACHMENT} {name}")
+        if stored is None:
+            return None
+        try:
+            return zlib.decompress(b64decode(stored, validate=True))
+        except (TypeError, ValueError, zlib.error) as error:
+            raise InputError(f"the {name} of study {self._study.study_name!r} cannot be read: {error}") from None
+
+    def attach(self, name: str, data: bytes) -> None:
+        """Keep some bytes with the study, in place of those of the same name.
+
+        They lie in the database itself, so that a study stays one file, or one URL that many machines share.
+        """
+        with one_line(f"cannot attach the {name} to the study", StepError):
+            self._study.set_user_attr(f"{ATTACHMENT} {name}", b64encode(zlib.compress(data, 9)).decode())
 
     def records(self) -> list[Record]:
         """All records in order, those of other processes too. Raises InputError for one that cannot be read."""
@@ -141,7 +167,7 @@ class Study:
         for trial in trials[self._trials_read :]:
             record = _record(trial)
             self._records.append(record)
-            self._by_plan.setdefault(record.plan, record)
+            self._by_plan.setdefault(record.plan, []).append(record)
         self._trials_read = len(trials)
 
 

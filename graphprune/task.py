@@ -102,7 +102,7 @@ class Task:
         inputs = torch.cat([inputs for inputs, _ in self.validation])
         targets = torch.cat([targets for _, targets in self.validation if targets is not None])
         order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
-        pieces = order.split(len(self.validation[0][0]))
+        pieces = torch.split(order, len(self.validation[0][0]))
         batches = tuple((inputs[piece], targets[piece]) for piece in pieces)
         return replace(self, validation=batches, in_random_order=True)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
@@ -23,6 +23,9 @@ from graphprune.commands.base import (
 from graphprune.console import Bars
 from graphprune.errors import InputError
 from graphprune.layout import STUDY
+
+if TYPE_CHECKING:
+    from graphprune.agents.base import Agent
 
 _TARGET = "Target (at least one; several may be combined)"
 
@@ -60,6 +63,16 @@ class Prune(Verb):
     rivals: Annotated[
         str, typer.Option(metavar="NAMES", help="Agents to compare with, e.g. uniform,dp.", show_default=False)
     ] = ""
+    transfer: Annotated[
+        str | None,
+        typer.Option(metavar="STUDY", help="Start from the trials of earlier searches: DIR, FILE or URL. For amc."),
+    ] = None
+    augment: Annotated[
+        bool, typer.Option("--augment", help="Practise on the models of --transfer first, at many budgets. For amc.")
+    ] = False
+    assistant: Annotated[
+        bool, typer.Option("--assistant", help="Evaluate only what the trials so far let hope for. For amc.")
+    ] = False
     patterns: Annotated[
         str | None, typer.Option(metavar="NAMES", help="What may be cut, e.g. filter,kernel. Default: every pattern.")
     ] = None
@@ -82,6 +95,7 @@ class Prune(Verb):
         target, engine = self._target(), base.engine(self.engine, threads=self.threads)
         if self.epochs < 0 or self.trials < 1:
             raise InputError("--epochs must be at least 0 and --trials at least 1")
+        agent = self._agent()
         dense = models.create(self.model, self.weights).eval()
         task = steps.load_task(self.data, self.model, dense, self.input_size, self.seed)
         with Bars() as bars:
@@ -89,7 +103,7 @@ class Prune(Verb):
                 dense,
                 task,
                 target,
-                self.agent,
+                agent,
                 self.trials,
                 self.seed,
                 engine=engine,
@@ -112,6 +126,18 @@ class Prune(Verb):
         if all(bound is None for bound in bounds.values()):
             raise InputError("no target is given: add for example --latency 0.5 (half of the dense model's)")
         return gp.Target(**bounds)
+
+    def _agent(self) -> "Agent":
+        """Who searches, with what it takes from earlier searches."""
+        from graphprune import registry
+        from graphprune.past import History
+
+        if self.augment and self.transfer is None:
+            raise InputError("--augment practises on the models of earlier searches: add --transfer STUDY")
+        if self.transfer is None and not self.assistant:
+            return registry.agent(self.agent)
+        history = History(self.transfer, self.transfer is not None, self.augment, self.assistant)
+        return registry.agent(self.agent, history=history)
 
     def _warnings(self) -> tuple[str, ...]:
         from graphprune import models

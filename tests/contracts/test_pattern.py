@@ -1,8 +1,10 @@
 """What every pattern must do. A new pattern joins by its name in the registry; some network must have its sites."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,13 @@ from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
 from graphprune.export import onnx_bytes
 from graphprune.graph import ModelGraph, Site
+from graphprune.onnx_surgery import OnnxSurgeon
 from graphprune.pattern import Level, Pattern, Scores
 from graphprune.plan import Choice, Plan
 from graphprune.profile import Profile
 from graphprune.registry import pattern as pattern_called
 from graphprune.registry import patterns
-from graphprune.surgery import operate
+from graphprune.surgery import example_inputs, operate
 from graphprune.tracing import trace
 from tests.graphprune.networks import NETWORKS, Tensors
 from tests.graphprune.oracle import masked_outputs, outputs_of, relative_error, scramble
@@ -49,6 +52,7 @@ class Network:
     model: nn.Module
     graph: ModelGraph
     inputs: Tensors
+    name: str
 
     def plan(self, site: Site, pattern: Pattern, level: Level, keep: tuple[int, ...]) -> Plan:
         """One choice at one site."""
@@ -61,7 +65,7 @@ def network(name: str, dtype: torch.dtype = torch.float64) -> Network:
     build, inputs = NETWORKS[name]
     torch.manual_seed(0)
     model, typed = scramble(build(), dtype=dtype), tuple(x.to(dtype) for x in inputs)
-    return Network(model, trace(model, typed), typed)
+    return Network(model, trace(model, typed), typed, name)
 
 
 def places(pattern: Pattern, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Network, Site]]:
@@ -166,6 +170,28 @@ def test_the_exported_network_agrees(pattern: Pattern) -> None:
         name = onnx.load_from_string(exported).graph.input[0].name
         (found,) = OnnxRuntimeEngine().run(exported, {name: net.inputs[0].numpy()})
         assert relative_error([torch.from_numpy(found)], masked_outputs(net.graph, plan, net.model, net.inputs)) < 1e-4
+
+
+@cache
+def surgeon(name: str) -> OnnxSurgeon:
+    """What cuts the ONNX graph of a network, in single precision."""
+    return OnnxSurgeon(network(name, torch.float32).graph)
+
+
+def test_surgery_on_the_dense_onnx_graph_agrees(pattern: Pattern) -> None:
+    """With the dense weights and with others, at batch 1 and 3; no cut of a pattern is refused."""
+    for net, site in places(pattern, torch.float32):
+        for level in pattern.levels(site, BLOCK)[:3]:
+            plan = net.plan(site, pattern, level, kept(pattern, site, level))
+            pruned = operate(net.model, net.graph, plan).model
+            files = [(copy.deepcopy(pruned), surgeon(net.name).cut(resolve(net.graph, plan)))]
+            state = scramble(pruned, 1, torch.float32).state_dict()
+            files.append((pruned, surgeon(net.name).cut(resolve(net.graph, plan), state)))
+            for (expected, data), batch in product(files, (1, 3)):
+                (inputs,) = example_inputs(net.graph.inputs, batch)
+                name = onnx.load_from_string(data).graph.input[0].name
+                (found,) = OnnxRuntimeEngine().run(data, {name: inputs.numpy()})
+                assert relative_error([torch.from_numpy(found)], outputs_of(expected, [inputs])) < 1e-4, plan
 
 
 def test_keeping_all_units_changes_nothing(pattern: Pattern) -> None:
