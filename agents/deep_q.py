@@ -64,10 +64,10 @@ class CutScorer(BaseFeaturesExtractor):  # type: ignore[misc]
         self.place = nn.Linear(WIDTH, WIDTH)
         self.effect = nn.Linear(CUT_FEATURES, WIDTH)
         self.context = nn.Linear(WIDTH + PATTERN_FEATURES + SITUATION_FEATURES, WIDTH)
-        last = nn.Linear(WIDTH, 1)
+        inner, last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
         nn.init.zeros_(last.weight)  # begin with what is known
         nn.init.zeros_(last.bias)
-        self.head = nn.Sequential(nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), last)
+        self.head = nn.Sequential(nn.ReLU(), inner, nn.ReLU(), last)
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def forward(self, situations: dict[str, Tensor]) -> Tensor:

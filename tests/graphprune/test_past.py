@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
+from typer.testing import CliRunner
 
+from graphprune import cli
+from graphprune.commands.prune import Prune
 from graphprune.errors import InputError, StepError
 from graphprune.past import PROBLEM, History, choices_of, read_past
 from graphprune.plan import Choice
@@ -149,3 +152,33 @@ def test_boosts_need_what_they_read() -> None:
     with pytest.raises(InputError, match="neither"):
         History(study="study.db", assistant=True)
     assert History(assistant=True).study is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--agent", "amc", "--augment"), "add --transfer STUDY"),
+        (("--agent", "amc", "--transfer", "none.db"), "there is no study store"),
+        (("--agent", "random", "--assistant"), "the agent 'random' has no setting history"),
+    ],
+)
+def test_the_command_line_refuses_boosts_in_one_line(
+    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["prune", "cifar:resnet20", "--data", "digits", "--flops", "0.5", *options]
+    outcome = CliRunner().invoke(cli.app, given)
+    assert outcome.exit_code == 2
+    assert outcome.stdout == ""
+    assert message in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_gives_amc_its_history(tmp_path: Path) -> None:
+    store = tmp_path / "study.db"
+    Study.open(store, "task").attach(PROBLEM, pack(made()))
+    verb = Prune(model="m", data="digits", agent="amc", transfer=str(store), augment=True)
+    agent = verb._agent()
+    assert agent.history == History(str(store), transfer=True, augment=True)  # type: ignore[attr-defined]
+    assert replace(verb, transfer=None, augment=False)._agent().history == History()  # type: ignore[attr-defined]
