@@ -2,33 +2,26 @@
 
 He et al. 2018, ECCV, arXiv 1802.03494. From the paper: DDPG over an embedding of the layer that is next, one ratio per
 layer, bounded so that the budget stays in reach, the executed ratio in the replay memory; the reward of the finished
-plan is given to each of its steps, less a moving average of the rewards so far, and gamma is 1; random ratios first,
-then truncated normal noise around the actor's answer that decays exponentially. Ours: a ratio picks the nearest option
-of a site's (cost, error) front, rewards are divided by their deviation and by the number of sites, so that Q stays of
-order 1 whatever the model, and what is drawn is drawn anew, with more noise, where it was evaluated before.
+plan is given to each of its steps, less a moving average, and gamma is 1; random ratios first, then truncated normal
+noise around the actor's answer that decays exponentially. Ours: an answer is a place between the bounds of the wall
+(`graphprune.agents.ratios` says why), it picks the nearest option of a site's (cost, error) front, the actor's
+gradients are inverted at its bounds (`graphprune.agents.bounded`), what the warm-up taught is learned at once when it
+ends, and what is drawn is drawn anew, with more noise, where it was evaluated before.
 
 `History` adds what Mu et al. 2021 (arXiv 2107.08815) take from earlier runs: see `graphprune.agents.history`.
 """
 
 from collections.abc import Iterator
 from math import inf
-from typing import Any
 
 import numpy as np
-from scipy.special import ndtr, ndtri
-from stable_baselines3 import DDPG
-from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
-from stable_baselines3.common.utils import update_learning_rate
-from torch.optim import Optimizer
 
-from graphprune.agents.autosculpt import only_plan, promise, reproducible
+from graphprune.agents.autosculpt import only_plan, promise
 from graphprune.agents.belief import Belief
-from graphprune.agents.bounded import BoundedPolicy
+from graphprune.agents.ddpg import Episode, RatioPolicy
 from graphprune.agents.history import PROBATION, others, practise, replay, worse
-from graphprune.agents.policies import Learner, Weights, adopt, weights_of
-from graphprune.agents.ratios import Embeddings, RatioEpisodes, Vectors, walk
+from graphprune.agents.policies import Learner, adopt
+from graphprune.agents.ratios import RatioEpisodes, Vectors, walk
 from graphprune.environment import reward
 from graphprune.past import History, read_past
 from graphprune.problem import Choices, Floats, Problem
@@ -43,91 +36,6 @@ WIDENINGS = 5
 """How often the noise is doubled, before it is uniform, where every plan drawn was evaluated before."""
 UPDATES = 8
 """Gradient steps for each trial."""
-BATCH = 128
-RATES = (1e-3, 3e-3)
-"""Learning rates of actor and critic: an actor as fast is at the ends of its range before the critic knows much."""
-TAU = 0.01
-"""How fast the target networks follow."""
-BASELINE = 0.1
-"""The share of the newest reward in the moving average."""
-WIDTHS = (64, 64)
-MEMORY = 20_000
-"""Steps that the memory holds."""
-
-
-def truncated_normal(mean: Floats, deviation: float, rng: np.random.Generator) -> Floats:
-    """Numbers from normal distributions around `mean` [N], cut off outside [0, 1]; uniform for infinite deviation."""
-    if deviation == inf:
-        return rng.random(len(mean))
-    low, high = ndtr(-mean / deviation), ndtr((1 - mean) / deviation)
-    drawn = mean + deviation * ndtri(low + (high - low) * rng.random(len(mean)))
-    return np.asarray(drawn.clip(0, 1), dtype=np.float64)
-
-
-class BaselinedReplay(ReplayBuffer):  # type: ignore[misc]
-    """Stable-Baselines3's memory; what is drawn from it are rewards less a baseline, in units of `scale`."""
-
-    baseline = 0.0
-    scale = 1.0
-
-    def _get_samples(self, *args: Any, **kwargs: Any) -> ReplayBufferSamples:
-        samples = super()._get_samples(*args, **kwargs)
-        return samples._replace(rewards=(samples.rewards - self.baseline) / self.scale)
-
-
-class SlowActor(DDPG):  # type: ignore[misc]
-    """Stable-Baselines3's DDPG with a learning rate for the actor and another for the critic."""
-
-    def _update_learning_rate(self, optimizers: list[Optimizer]) -> None:
-        for optimizer, rate in zip(optimizers, RATES, strict=True):
-            update_learning_rate(optimizer, rate)
-
-
-class RatioPolicy:
-    """DDPG that is fed by hand: what a step was worth is known only when its episode was judged."""
-
-    def __init__(self, episodes: RatioEpisodes, rng: np.random.Generator) -> None:
-        self.rng = rng
-        self.episodes = episodes
-        self.replay = BaselinedReplay(MEMORY, episodes.observation_space, episodes.action_space, "cpu")
-        self.restart()
-
-    def restart(self) -> None:
-        """Fresh weights; the memory stays."""
-        with reproducible(self.rng):
-            self.ddpg = SlowActor(
-                BoundedPolicy,
-                self.episodes,
-                buffer_size=1,
-                tau=TAU,
-                gamma=1.0,
-                policy_kwargs={"net_arch": list(WIDTHS)},
-                device="cpu",
-            )
-        self.ddpg.set_logger(Logger(None, []))
-        self.ddpg.replay_buffer = self.replay
-
-    def answers(self, observations: Embeddings, noise: float) -> Floats:
-        """The actor's answers to embeddings [N, D], with noise: [N]."""
-        asked, _ = self.ddpg.predict(observations, deterministic=True)
-        return truncated_normal(asked[:, 0].astype(np.float64), noise, self.rng)
-
-    def remember(self, observations: Embeddings, executed: Floats, value: float) -> None:
-        """Keep one episode: embeddings [sites, D], executed actions [sites], and the reward that each step is given."""
-        actions = self.ddpg.policy.scale_action(executed[:, None])
-        after = np.concatenate([observations[1:], observations[-1:]])
-        last = len(executed) - 1
-        for site, action in enumerate(actions):
-            self.replay.add(observations[site], after[site], action, np.array(value), np.array(site == last), [{}])
-
-    def train(self, updates: int) -> None:
-        """Take gradient steps."""
-        with reproducible(self.rng):
-            self.ddpg.train(updates, BATCH)
-
-    def weights(self) -> Weights:
-        """The parameters, which do not depend on the problem's size."""
-        return weights_of(self.ddpg.policy)
 
 
 class Amc(Learner):
@@ -175,6 +83,7 @@ class Search:
         self.problem = problem
         self.assistant = assistant
         self.rewards: dict[Choices, float] = {}
+        self.lessons: list[Episode] = []
         self.episodes = RatioEpisodes(problem, DRAWS, self.judge)
         self.policy = RatioPolicy(self.episodes, rng)
         self.fell_back = False
@@ -190,20 +99,35 @@ class Search:
                 return
 
     def _noises(self, taught: bool) -> Iterator[float]:
-        """The noise of one trial after another; between trials the policy learns, or starts afresh."""
+        """The noise of one trial after another; between trials the policy learns."""
         if taught:
-            yield from [NOISE[1], inf] * int(np.clip(self.problem.trials // 5, 3, PROBATION))
-            values = list(self.rewards.values())
-            self.fell_back = worse(values[::2], values[1::2])
+            yield from self._probation()
         if not taught or self.fell_back:
-            while len(self.rewards) < WARM_UP * self.problem.trials:
+            while len(self.lessons) < WARM_UP * self.problem.trials:
                 yield inf
-            self.policy.restart()
-            self.policy.train(UPDATES * len(self.rewards))
+            self.policy.train(UPDATES * len(self.lessons))
         first, left = NOISE[int(taught and not self.fell_back)], self.problem.remaining
         for step in range(left):
             yield first * (NOISE[2] / first) ** (step / left)
             self.policy.train(UPDATES)
+
+    def _probation(self) -> Iterator[float]:
+        """Turns of a taught policy and of random ratios, until it is found worse, and given up, or has passed."""
+        for _ in range(min(PROBATION, 1 + self.problem.trials // 8)):
+            yield from (NOISE[1], inf)
+            values = [lesson.value for lesson in self.lessons]
+            if worse(values[::2], values[1::2]):
+                self._fall_back()
+                return
+
+    def _fall_back(self) -> None:
+        """Go on with fresh weights, from the random plans alone."""
+        self.fell_back = True
+        self.policy.restart()
+        self.policy.replay.reset()
+        lessons, self.lessons = self.lessons[1::2], []
+        for lesson in lessons:
+            self._learn(lesson)
 
     def _try(self, noise: float) -> bool:
         """Evaluate the most promising new plan that the policy draws; whether there is one."""
@@ -214,16 +138,15 @@ class Search:
             if fresh:
                 row = max(fresh, key=lambda row: drawn.worth[row])
                 value = reward(self.problem, self.problem.evaluate(plans[row]), plans[row])
-                self._learn(plans[row], value)
-                self.policy.remember(drawn.observations[row], drawn.actions[row], value)
+                self.rewards[plans[row]] = value
+                self._learn(Episode(drawn.observations[row], drawn.actions[row], value))
+                if self.assistant is not None:
+                    self.assistant.learn(drawn.plans[[row]], np.array([value]))
                 return True
         return False
 
-    def _learn(self, plan: Choices, value: float) -> None:
-        """Note what a plan was worth, and how rewards are to be seen from now on."""
-        replay, before = self.policy.replay, self.policy.replay.baseline if self.rewards else value
-        self.rewards[plan] = value
-        replay.baseline = before + BASELINE * (value - before)
-        replay.scale = max(float(np.std(list(self.rewards.values()))), 1e-3) * len(plan)
-        if self.assistant is not None:
-            self.assistant.learn(np.array([plan]), np.array([value]))
+    def _learn(self, lesson: Episode) -> None:
+        """Remember an episode, and how rewards are to be seen from now on."""
+        self.lessons.append(lesson)
+        self.policy.remember(lesson)
+        self.policy.replay.centre(np.array([known.value for known in self.lessons]), len(lesson.actions))

@@ -8,9 +8,11 @@ theirs; what follows is our reading, not their text:
   task counts no more than a hard one;
 - *augmented transfer*: the policy is trained over many cheap tasks, which are the problems of earlier searches under
   random budgets; plans are judged by the error table and standardised by what random ratios reach on the same task;
-- *fallback*: a policy from elsewhere begins on probation. Its first `PROBATION` plans take turns with as many random
-  ones, and where a one-sided Mann-Whitney U test finds its rewards smaller (p at most `DOUBT`), the search goes on with
-  fresh weights; the trials stay in the memory, so that no more than those few plans is lost;
+- *fallback*: a policy from elsewhere begins on probation. Its first plans, `PROBATION` or fewer where the trials are
+  few, take turns with as many random ones. As soon as an exact one-sided Mann-Whitney U test finds its rewards smaller
+  (p at most `DOUBT`, so three of each at the earliest; looked at after every turn, so that of policies no better than
+  random somewhat more than that share is given up), the search goes on with fresh weights that learn from the random
+  plans alone, and no more than the policy's few trials are lost;
 - *assistant*: see `graphprune.agents.belief`, the regressor of what a plan is worth that screens what the policy draws.
 
 No search learns from problems of the model that it prunes.
@@ -19,21 +21,18 @@ No search learns from problems of the model that it prunes.
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import mannwhitneyu
 
 from graphprune.agents.belief import Belief
+from graphprune.agents.ddpg import Episode, RatioPolicy
 from graphprune.agents.ratios import RatioEpisodes, Vectors, Walks, retrace, walk
 from graphprune.agents.wall import passes
 from graphprune.environment import reward
 from graphprune.errors import InputError
 from graphprune.past import Past
 from graphprune.problem import Floats, Problem
-
-if TYPE_CHECKING:
-    from graphprune.agents.amc import RatioPolicy
 
 REPLAYS = 400
 """Gradient steps on retraced plans."""
@@ -48,7 +47,9 @@ NOISE = 0.25
 BUDGETS = (0.05, 0.8)
 """Random budgets: shares of the way from the cheapest plan to the dense model."""
 PROBATION = 6
+"""The most plans of its own that a taught policy has to show."""
 DOUBT = 0.05
+"""The p-value at which a taught policy counts as worse than random."""
 
 
 def others(pasts: Sequence[Past], problem: Problem) -> list[Past]:
@@ -62,7 +63,7 @@ def others(pasts: Sequence[Past], problem: Problem) -> list[Past]:
     return found
 
 
-def replay(policy: "RatioPolicy", pasts: Sequence[Past]) -> int:
+def replay(policy: RatioPolicy, pasts: Sequence[Past]) -> int:
     """Transfer: train a policy on what was recorded; returns the number of plans. Its memory is empty afterwards."""
     plans = 0
     for past in pasts:
@@ -80,7 +81,7 @@ def replay(policy: "RatioPolicy", pasts: Sequence[Past]) -> int:
     return plans
 
 
-def practise(policy: "RatioPolicy", pasts: Sequence[Past], rng: np.random.Generator) -> None:
+def practise(policy: RatioPolicy, pasts: Sequence[Past], rng: np.random.Generator) -> None:
     """Augmented transfer: train a policy on imagined tasks. Its memory is empty afterwards."""
     for _ in range(TASKS):
         task = rebudgeted(pasts[int(rng.integers(len(pasts)))].problem, rng.uniform(*BUDGETS))
@@ -109,7 +110,7 @@ def worse(own: Sequence[float], random: Sequence[float]) -> bool:
     return bool(mannwhitneyu(own, random, alternative="less", method="exact").pvalue <= DOUBT)
 
 
-def _imagined(policy: "RatioPolicy", task: Problem) -> Walks:
+def _imagined(policy: RatioPolicy, task: Problem) -> Walks:
     """Episodes judged by the error table: half of them random, half of them the policy's with noise."""
     belief = Belief(task)
 
@@ -123,8 +124,9 @@ def _imagined(policy: "RatioPolicy", task: Problem) -> Walks:
     )
 
 
-def _remember(policy: "RatioPolicy", walks: Walks, values: Floats) -> None:
+def _remember(policy: RatioPolicy, walks: Walks, values: Floats) -> None:
     """Keep episodes whose values are standardised already, an equal share for each step."""
     policy.replay.baseline, policy.replay.scale = 0.0, 1.0
-    for observations, actions, value in zip(walks.observations, walks.actions, values, strict=True):
-        policy.remember(observations, actions, value / len(actions))
+    shares = values / walks.actions.shape[1]
+    for observations, actions, share in zip(walks.observations, walks.actions, shares.tolist(), strict=True):
+        policy.remember(Episode(observations, actions, share))

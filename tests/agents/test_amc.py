@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.stats import kstest, truncnorm
 
 from graphprune.agents import create
-from graphprune.agents.amc import BASELINE, UPDATES, Amc, BaselinedReplay, RatioPolicy, Search, truncated_normal
+from graphprune.agents.amc import UPDATES, Amc, Search
+from graphprune.agents.ddpg import Episode
 from graphprune.agents.ratios import Embeddings, RatioEpisodes, Vectors, retrace
 from graphprune.environment import reward
 from graphprune.errors import InputError
@@ -63,59 +63,15 @@ def test_the_memory_holds_what_was_executed_and_gives_each_step_the_reward() -> 
     np.testing.assert_array_equal(replay.next_observations[0, 0], replay.observations[1, 0])
 
 
-def test_rewards_are_seen_less_their_moving_average() -> None:
-    search = Search(problem(3, sizes=(4, 3), trials=3), np.random.default_rng(0))
-    values = [0.5, 0.9, 0.1, 0.4]
-    for number, value in enumerate(values):
-        search._learn((number, 0), value)
-    average = values[0]
-    for value in values[1:]:
-        average = (1 - BASELINE) * average + BASELINE * value
-    replay: BaselinedReplay = search.policy.replay
-    assert replay.baseline == pytest.approx(average)
-    assert replay.scale == pytest.approx(2 * np.std(values))
-    search.policy.remember(np.zeros((2, search.episodes.observation_space.shape[0]), np.float32), np.ones(2), 0.7)
-    drawn = replay.sample(5).rewards
-    torch.testing.assert_close(drawn, torch.full((5, 1), (0.7 - average) / (2 * float(np.std(values)))))
-
-
-def test_the_critic_learns_the_undiscounted_sum() -> None:
-    """One state after another, each step worth the same: with gamma 1 Q is what is left of the episode."""
-    made = problem(3, sizes=(4, 3, 5), trials=3)
-    episodes = RatioEpisodes(made, 1, lambda plans: np.zeros(len(plans)))
-    policy = RatioPolicy(episodes, np.random.default_rng(0))
-    observations = np.zeros((3, episodes.observation_space.shape[0]), np.float32)
-    observations[[0, 1, 2], [0, 1, 2]] = 1.0
-    for ratio in np.linspace(0, 1, 30):
-        policy.remember(observations, np.full(3, ratio), 0.2)
-    policy.train(500)
-    with torch.no_grad():
-        (left,) = policy.ddpg.critic(torch.from_numpy(observations), torch.zeros(3, 1))
-    assert left.flatten().tolist() == pytest.approx([0.6, 0.4, 0.2], abs=0.05)
-
-
-@pytest.mark.parametrize(("mean", "deviation"), [(0.5, 0.5), (0.0, 0.3), (0.9, 0.1)])
-def test_noise_is_a_truncated_normal(mean: float, deviation: float) -> None:
-    drawn = truncated_normal(np.full(4000, mean), deviation, np.random.default_rng(0))
-    law = truncnorm(-mean / deviation, (1 - mean) / deviation, mean, deviation)
-    assert kstest(drawn, law.cdf).pvalue > 0.01
-    assert 0 <= drawn.min() <= drawn.max() <= 1
-
-
-def test_endless_noise_is_uniform_and_tiny_noise_is_none() -> None:
-    assert kstest(truncated_normal(np.full(4000, 0.1), inf, np.random.default_rng(0)), "uniform").pvalue > 0.01
-    means = np.array([0.0, 0.3, 1.0])
-    assert truncated_normal(means, 1e-9, np.random.default_rng(0)) == pytest.approx(means, abs=1e-6)
-
-
 def test_exploration_decays_over_the_trials() -> None:
     search = Search(problem(trials=30), np.random.default_rng(0))
+    embedding = np.zeros((6, search.episodes.observation_space.shape[0]), np.float32)
     noises: list[float] = []
     trained: list[int] = []
 
     def try_(noise: float) -> bool:
         noises.append(noise)
-        search._learn((len(noises),), float(len(noises)))
+        search._learn(Episode(embedding, np.zeros(6), float(len(noises))))
         search.problem.records.append(search.problem.evaluator(search.problem.cheapest))
         return True
 

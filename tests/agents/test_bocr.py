@@ -232,7 +232,7 @@ def test_fewer_than_ten_feasible_plans_bound_nothing() -> None:
 
 
 def test_only_after_a_rollback_are_there_bounds(spied: Callable[[Problem], Spied]) -> None:
-    """Ten plans are known from the start, so that bounds could be had then too."""
+    """Bounds could be had at once: ten plans are known, and so tight a limit keeps their last sites from 0."""
     made = clustered(2, trials=60, limit=0.9)
     seen = spied(made)
     run(BOCR(), made)

@@ -12,11 +12,13 @@ import timm
 import torch
 from torch import nn
 
+from graphprune import evaluation
 from graphprune.calibration import calibrate
 from graphprune.candidates import Candidates
 from graphprune.counting import Counts, count
 from graphprune.cuts import Cuts
 from graphprune.engines.fake import FakeEngine
+from graphprune.errors import StepError
 from graphprune.evaluation import Evaluator, Workbench
 from graphprune.export import onnx_bytes
 from graphprune.plan import Choice, Plan
@@ -346,3 +348,39 @@ def test_hopeless_candidates_are_given_up_and_judged_anew_where_another_bar_is_l
     assert replace(keen, agent="a third")(vectors[KEPT + 1]).images == 0  # served what is known best
     assert keen(vectors[KEPT + 1]).images == given_up.images  # a search that goes on sees what it saw
     assert len(asked) == builds + 1
+
+
+def test_a_candidate_is_cut_out_of_the_dense_graph_without_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, choices = parts(), parts().vector(conv2_kernel="1x3 middle", conv1="16 of 32")
+    cuts, bench = p.found.cuts(choices), replace(p.bench, widest=p.found.cuts(choices))
+    pruned = bench.build(cuts)
+    monkeypatch.setattr(evaluation, "onnx_bytes", None)
+    assert bench.surgeon is not None
+    assert bench.onnx(pruned, cuts) == bench.surgeon.cut(cuts, pruned.state_dict())
+    assert bench.surgeon is bench.surgeon
+
+
+@pytest.mark.parametrize("broken", ["make_template", "OnnxSurgeon.check", "OnnxSurgeon.cut"])
+def test_a_candidate_that_cannot_be_cut_there_is_exported(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, choices = parts(), parts().vector(conv2_kernel="1x3 middle")
+    bench, cuts = replace(p.bench), p.found.cuts(choices)
+    pruned, calls = bench.build(cuts), []
+
+    def refuse(*given: object) -> None:
+        calls.append(given)
+        raise StepError("not here")
+
+    monkeypatch.setattr(f"graphprune.onnx_surgery.{broken}", refuse)
+    for _ in range(2):
+        assert bench.onnx(pruned, cuts) == onnx_bytes(pruned, p.bench.task.example_inputs)
+    assert len(calls) == 1, "what failed once is not tried again"
+
+
+def test_a_single_cut_that_is_refused_is_exported() -> None:
+    p, choices = parts(), parts().vector(conv1="16 of 32")
+    bench, cuts = replace(p.bench), p.found.cuts(choices)
+    pruned = bench.build(cuts)
+    assert bench.surgeon is not None
+    assert bench.onnx(pruned, cuts) == bench.surgeon.cut(cuts, pruned.state_dict())
+    bench.surgeon.template = replace(bench.surgeon.template, fixed=dict.fromkeys(cuts.kept, "view"))
+    assert bench.onnx(pruned, cuts) == onnx_bytes(pruned, p.bench.task.example_inputs)
