@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from graphprune.exported import plain_module
 from graphprune.graph import Layer, ModelGraph
 from graphprune.operators import Convolution, Operator
 from graphprune.tracing import attended, operator_name
-from graphprune.window import padded
 
 ROWS_PER_FEATURE = 32
 LEAST_ROWS = 16384
@@ -179,7 +179,8 @@ class _Collector(fx.Interpreter):
         second, mean, count = self.sums[layer.node]
         groups, features = mean.shape
         shaped = weight.detach().double().reshape(groups, -1, features)
-        return Moments(second / count, mean / count, shaped, self._free_mean(layer))
+        second = by_channel(by_channel(second, layer.operator).mT, layer.operator).mT.contiguous()
+        return Moments(second / count, by_channel(mean, layer.operator) / count, shaped, self._free_mean(layer))
 
     def _free_mean(self, layer: Layer) -> bool:
         node = next(node for node in self.module.graph.nodes if node.name == layer.node)  # type: ignore[union-attr]
@@ -198,20 +199,39 @@ def positions_of(layer: Layer, most: int, random: torch.Generator) -> Tensor:
 def vectors(source: Tensor, operator: Operator, positions: Tensor) -> Tensor:
     """The input vectors [groups, images * positions, features] of a layer at some output positions of each image.
 
-    `source` is [N, inputs, H, W] for a convolution (features: inputs / groups * kh * kw), else [N, ..., inputs].
+    `source` is [N, inputs, H, W] for a convolution, whose features are ordered by tap, then by channel (a weight's are
+    the other way round: `by_tap` and `by_channel` translate), so that whole pixels are copied; else [N, ..., inputs].
     """
     if not isinstance(operator, Convolution):
         flat = source.reshape(len(source), -1, source.shape[-1])[:, positions]
         return flat.reshape(1, -1, source.shape[-1])
     top, left, bottom, right = operator.padding
-    source = padded(source, (left, right, top, bottom))
+    ends = (0, 0, *(max(end, 0) for end in (left, right, top, bottom)))
+    pixels = functional.pad(source.permute(0, 2, 3, 1), ends).contiguous()
     columns = operator.output_size[1]
-    y = (positions // columns) * operator.stride[0]
-    x = (positions % columns) * operator.stride[1]
+    y = (positions // columns) * operator.stride[0] + max(-top, 0)
+    x = (positions % columns) * operator.stride[1] + max(-left, 0)
     taps_y = torch.arange(operator.kernel[0]) * operator.dilation[0]
     taps_x = torch.arange(operator.kernel[1]) * operator.dilation[1]
-    spots = (y[:, None, None] + taps_y[:, None]) * source.shape[3] + x[:, None, None] + taps_x
-    # Pixels with their channels side by side: gathering rows is three times as fast as gathering single numbers.
-    pixels = source.flatten(2).transpose(1, 2).contiguous().index_select(1, spots.reshape(-1))
-    grouped = pixels.reshape(len(source), len(positions), spots[0].numel(), operator.groups, -1)
-    return grouped.permute(3, 0, 1, 4, 2).reshape(operator.groups, len(source) * len(positions), -1)
+    spots = (y[:, None, None] + taps_y[:, None]) * pixels.shape[2] + x[:, None, None] + taps_x
+    chosen = pixels.flatten(1, 2).index_select(1, spots.reshape(-1))
+    grouped = chosen.reshape(len(source) * len(positions), spots[0].numel(), operator.groups, -1)
+    return grouped.permute(2, 0, 1, 3).reshape(operator.groups, len(grouped), -1)
+
+
+def by_tap(weight: Tensor, operator: Operator) -> Tensor:
+    """A weight's last axis (channel, then tap) in the order of `vectors`."""
+    return _reordered(weight, operator, (-1, _taps(operator)))
+
+
+def by_channel(weight: Tensor, operator: Operator) -> Tensor:
+    """The inverse of `by_tap`."""
+    return _reordered(weight, operator, (_taps(operator), -1))
+
+
+def _reordered(tensor: Tensor, operator: Operator, shape: tuple[int, int]) -> Tensor:
+    return tensor.unflatten(-1, shape).mT.flatten(-2) if isinstance(operator, Convolution) else tensor
+
+
+def _taps(operator: Operator) -> int:
+    return prod(operator.kernel) if isinstance(operator, Convolution) else 1

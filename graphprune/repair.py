@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from graphprune.calibration import positions_of, vectors
+from graphprune.calibration import by_channel, by_tap, positions_of, vectors
 from graphprune.cuts import Cuts
 from graphprune.exported import cut_program, plain_module
 from graphprune.graph import Layer, ModelGraph
@@ -133,7 +133,7 @@ class Solver(fx.Interpreter):
         arguments, _ = self.fetch_args_kwargs_from_env(node)
         source = self.inputs(layer, arguments[0])
         kept = torch.from_numpy(layer.outputs.kept(self.cuts.kept))
-        wanted, first = self.reference.outputs[layer.node][:, kept], 0
+        wanted, first = self.reference.outputs[layer.node].index_select(1, kept), 0
         for operator, weight, bias in self._parts(node, layer, arguments):
             if any(self.uses[id(shared)] > 1 for shared in (weight, bias) if shared is not None):
                 continue  # tied: what is best for this layer is not for the others that use it
@@ -141,9 +141,9 @@ class Solver(fx.Interpreter):
             groups, targets = len(inputs), wanted[:, first : first + len(weight)]
             first += len(weight)
             targets = targets.reshape(len(targets), groups, -1).transpose(0, 1)
-            start = weight.reshape(groups, -1, inputs.shape[-1])
+            start = by_tap(weight.reshape(groups, -1, inputs.shape[-1]), operator)
             best, shift = least_squares(inputs, targets, start, self.free_mean(node, bias), self.pull)
-            weight.copy_(best.reshape(weight.shape))
+            weight.copy_(by_channel(best, operator).reshape(weight.shape))
             if bias is not None:
                 bias.copy_(shift.reshape(-1))
 
@@ -189,14 +189,15 @@ def least_squares(
     Minimises |targets - W inputs - shift|^2 + strength |W - start|^2 per group, where the strength is `pull` times the
     inputs' mean second moment; the shift [groups, outputs] is 0 unless `centred`.
     """
-    mean_in, mean_out = inputs.mean(1, keepdim=True), targets.mean(1, keepdim=True)
+    mean_in, mean_out = inputs.mean(1, keepdim=True).double(), targets.mean(1, keepdim=True).double()
     if not centred:
         mean_in, mean_out = torch.zeros_like(mean_in), torch.zeros_like(mean_out)
-    x, y = inputs - mean_in, targets - mean_out
-    gram, cross = torch.bmm(x.transpose(1, 2), x).double(), torch.bmm(x.transpose(1, 2), y).double()
+    rows, turned = inputs.shape[1], inputs.mT
+    gram = torch.bmm(turned, inputs).double() - rows * mean_in.mT @ mean_in
+    cross = torch.bmm(turned, targets).double() - rows * mean_in.mT @ mean_out
     diagonal = torch.diagonal(gram, dim1=1, dim2=2)
     strength = (pull * diagonal.mean(1) + 1e-9)[:, None, None]
     gram = gram + strength * torch.eye(gram.shape[-1], dtype=gram.dtype)
     best = torch.linalg.solve(gram, cross + strength * start.double().transpose(1, 2)).transpose(1, 2)
-    shift = mean_out[:, 0].double() - torch.einsum("gof,gf->go", best, mean_in[:, 0].double())
+    shift = mean_out[:, 0] - torch.einsum("gof,gf->go", best, mean_in[:, 0])
     return best.to(start.dtype), shift.to(start.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graphprune import calibration
-from graphprune.calibration import Moments, calibrate, positions_of, vectors
+from graphprune.calibration import Moments, by_channel, by_tap, calibrate, positions_of, vectors
 from graphprune.compensation import score_error
 from graphprune.graph import Layer, ModelGraph
 from graphprune.operators import Convolution, Linear
@@ -204,7 +204,9 @@ def test_vectors_of_a_window_give_the_outputs_of_the_small_kernel(
         outputs = small(x).detach().flatten(2)
         positions = torch.randperm(outputs.shape[-1])[:5]
         rows = vectors(x, operator, positions)
-        found = torch.einsum("gof,grf->gro", small.weight.detach().reshape(2, 3, -1), rows)
+        weight = small.weight.detach().reshape(2, 3, -1)
+        assert torch.equal(by_channel(by_tap(weight, operator), operator), weight)
+        found = torch.einsum("gof,grf->gro", by_tap(weight, operator), rows)
         expected = outputs[:, :, positions].reshape(3, 2, 3, -1).permute(1, 0, 3, 2).reshape(2, -1, 3)
         assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 

@@ -276,10 +276,11 @@ def test_the_reference_holds_dense_outputs_at_its_positions(monkeypatch: pytest.
     reference = make_reference(graph, [x[:30], x[30:]])
     assert torch.equal(reference.images, x)
     outputs_seen: dict[str, Tensor] = {}
-    for name, layer in model.named_modules():
+    watched = copy.deepcopy(model)  # other tests share the model itself
+    for name, layer in watched.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.register_forward_hook(lambda _, __, out, name=name: outputs_seen.setdefault(name, out))
-    outputs(model, x)
+            layer.register_forward_hook(lambda _, __, out, name=name: outputs_seen.update({name: out}))
+    outputs(watched, x)
     for layer in graph.layers:
         got, dense = reference.outputs[layer.node], outputs_seen[layer.module]
         positions = reference.positions[layer.node]
