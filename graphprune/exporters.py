@@ -162,7 +162,7 @@ def routes(request: Request) -> tuple[Route, ...]:
     torch's older one comes first: its files run as fast, and it takes a fraction of the time
     (`benchmarks/exporters.py`). But it writes the example's batch size into exported graphs.
     """
-    if any(isinstance(module, fx.GraphModule) for module in request.model.modules()):
+    if request.dynamic and any(isinstance(module, fx.GraphModule) for module in request.model.modules()):
         return (by_dynamo,)
     return (by_torchscript, by_dynamo)
 

@@ -42,12 +42,12 @@ def _place(graph: ModelGraph, site: Site) -> object:
     return site.size, site.kind == "kernel", tuple(sorted(position[node] for node in site.layers))
 
 
-def difference(model: nn.Module, graph: ModelGraph, plan: Plan, file: Path) -> float:
-    """How far the file, cut by the same plan, is from the cut module: a share of the largest output."""
+def difference(model: nn.Module, graph: ModelGraph, plan: Plan, file: Path, batch: int = 3) -> float:
+    """How far the file, cut by the same plan, is from the cut module: a share of the largest output at this batch."""
     other = gp.trace(file)
     cut = gp.apply(file, moved(plan, graph, other), other)
     onnx.checker.check_model(cut)
-    inputs = [torch.randn(3, *shape).to(getattr(torch, dtype)) for dtype, shape in graph.inputs]
+    inputs = [torch.randn(batch, *shape).to(getattr(torch, dtype)) for dtype, shape in graph.inputs]
     names = [value.name for value in cut.graph.input]
     feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
     found = [torch.from_numpy(x) for x in OnnxRuntimeEngine().run(cut.SerializeToString(), feeds)]
