@@ -53,8 +53,10 @@ class Judges:
 
     def as_a_search_does(self, choices: Choices) -> tuple[float, int]:
         """Accuracy and images looked at."""
-        session = self.session
-        judgement = session.task.judge(session.bench.build(session.candidates.cuts(choices)), self.bar.height)
+        session, cuts = self.session, self.session.candidates.cuts(choices)
+        pruned = session.bench.build(cuts)
+        answers = session.bench.answers(pruned, session.bench.file(pruned, cuts))
+        judgement = session.task.judge(answers, self.bar.height)
         self.remember(judgement.accuracy, judgement.images)
         return judgement.accuracy, judgement.images
 

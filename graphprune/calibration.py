@@ -230,7 +230,9 @@ def by_channel(weight: Tensor, operator: Operator) -> Tensor:
 
 
 def _reordered(tensor: Tensor, operator: Operator, shape: tuple[int, int]) -> Tensor:
-    return tensor.unflatten(-1, shape).mT.flatten(-2) if isinstance(operator, Convolution) else tensor
+    if not isinstance(operator, Convolution):
+        return tensor
+    return tensor.reshape(*tensor.shape[:-1], *shape).mT.flatten(-2)
 
 
 def _taps(operator: Operator) -> int:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf
 from typing import Self
 
@@ -17,6 +17,7 @@ from graphprune.engines.base import Engine
 from graphprune.errors import StepError
 from graphprune.export import onnx_bytes
 from graphprune.graph import Branch, ModelGraph
+from graphprune.judging import Asking
 from graphprune.machine import environment
 from graphprune.measure import measure
 from graphprune.onnx_surgery import OnnxSurgeon
@@ -29,7 +30,7 @@ from graphprune.routes import Route
 from graphprune.sequential import Bar, hopeless
 from graphprune.study import Study
 from graphprune.surgery import cut_along, perform
-from graphprune.task import Task
+from graphprune.task import Answers, Task, predict
 
 TRIAL_ROUNDS = 20
 Listener = Callable[[Record], None]
@@ -78,12 +79,23 @@ class Workbench:
         repair(pruned, self.model, self.graph, cuts, self.reference)
         return pruned.eval()
 
-    def onnx(self, pruned: nn.Module, cuts: Cuts) -> bytes:
-        """A candidate as ONNX: cut out of the dense graph, or exported where that cannot be done."""
+    def file(self, pruned: nn.Module, cuts: Cuts) -> bytes | None:
+        """A candidate as ONNX, cut out of the dense graph; None where that cannot be done."""
         with suppress(StepError):
             if self.surgeon is not None:
                 return self.surgeon.cut(cuts, pruned.state_dict())
-        return onnx_bytes(pruned, self.task.example_inputs)
+        return None
+
+    def answers(self, pruned: nn.Module, file: bytes | None) -> Answers:
+        """What asks a candidate: its file where there is one, else the module itself, on its device."""
+        on_cpu = all(parameter.device.type == "cpu" for parameter in pruned.parameters())
+        return self.asking.answers(file) if file is not None and on_cpu else partial(predict, pruned)
+
+    @cached_property
+    def asking(self) -> Asking:
+        """How files are asked, found once on the dense model."""
+        assert self.surgeon is not None
+        return Asking.fastest(self.surgeon.cut(Cuts()), self.surgeon.input_name, self.task.validation[0][0])
 
     @cached_property
     def surgeon(self) -> OnnxSurgeon | None:
@@ -170,11 +182,13 @@ class Evaluator:
         cuts = self.candidates.cuts(choices)
         pruned = self.bench.build(cuts)
         counts = count(pruned, self.bench.task.example_inputs)
-        found = self.bench.task.judge(pruned, inf if always else self.bar.height)
+        file = self.bench.file(pruned, cuts)
+        found = self.bench.task.judge(self.bench.answers(pruned, file), inf if always else self.bar.height)
         images = 0 if found.complete else found.images
         record = replace(blank, accuracy=found.accuracy, images=images, flops=counts.flops, params=counts.params)
         if always or (found.complete and found.accuracy > self.best and self._feasible(record)):
-            record = replace(record, measured=self.measure(self.bench.onnx(pruned, cuts)))
+            exported = file or onnx_bytes(pruned, self.bench.task.example_inputs)
+            record = replace(record, measured=self.measure(exported))
         return record
 
     def predict(self, choices: Choices) -> dict[str, float]:

@@ -47,6 +47,11 @@ class OnnxSurgeon:
         self.template = make_template(graph)
         self.parameters = {parameter.name: parameter for parameter in graph.parameters}
 
+    @property
+    def input_name(self) -> str:
+        """The name of the first input in the files."""
+        return self.template.model.graph.inputs[0].name or ""
+
     def cut(self, cuts: Cuts, state: State | None = None) -> bytes:
         """The network with the cuts made, as ONNX.
 

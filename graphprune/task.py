@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +20,8 @@ Batch = tuple[Tensor, Tensor | None]
 """Inputs [N, C, H, W], normalised, and their targets [N], None where there are no labels."""
 Metric = Callable[[Tensor, Tensor], float]
 Data = Iterable[Batch]
+Answers = Callable[[Tensor], Tensor]
+"""Maps inputs [N, ...] to the first output of a model, in float32 on the CPU."""
 
 CALIBRATION_IMAGES = 1024
 
@@ -72,20 +75,20 @@ class Task:
 
     def accuracy(self, model: nn.Module) -> float:
         """The metric of the model on the validation slice. Raises StepError when an output or the metric is NaN."""
-        return self._score(model, self.validation)
+        return self._score(partial(predict, model), self.validation)
 
-    def judge(self, model: nn.Module, bar: float) -> Judgement:
-        """The metric as far as it takes to see that the model will not reach `bar`, an accuracy.
+    def judge(self, answers: Answers, bar: float) -> Judgement:
+        """The metric of what answers inputs, as far as it takes to see that it will not reach `bar`, an accuracy.
 
         Every image is read where they are in no random order, and for a metric of the caller's own, which is no share
         of images. Raises as `accuracy` does.
         """
         total = self.images
         if self.metric is not top1 or not self.in_random_order:
-            return Judgement(self.accuracy(model), total, total)
+            return Judgement(self._score(answers, self.validation), total, total)
         correct = seen = 0
         for batch in self.validation:
-            correct += round(self._score(model, [batch]) * len(batch[0]))
+            correct += round(self._score(answers, [batch]) * len(batch[0]))
             seen += len(batch[0])
             if hopeless(correct, seen, total, bar):
                 break
@@ -110,7 +113,7 @@ class Task:
         """The metric on the test set: for published rows only. Raises InputError when the task has none."""
         if self.test is None:
             raise InputError(f"task {self.name!r} has no test data")
-        return self._score(model, self.test())
+        return self._score(partial(predict, model), self.test())
 
     def with_reference(self, dense: nn.Module) -> Self:
         """The same task where missing targets are the dense model's predictions: the metric is agreement with it."""
@@ -122,12 +125,12 @@ class Task:
         )
         return replace(self, validation=filled)
 
-    def _score(self, model: nn.Module, batches: Data) -> float:
+    def _score(self, answers: Answers, batches: Data) -> float:
         outputs, targets = [], []
         for inputs, expected in batches:
             if expected is None:
                 raise InputError(f"task {self.name!r} has no labels: use task.with_reference(dense model) first")
-            outputs.append(predict(model, inputs))
+            outputs.append(answers(inputs))
             targets.append(expected.cpu())
         if not outputs:
             raise InputError(f"task {self.name!r} has no data to judge a model on")

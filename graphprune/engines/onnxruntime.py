@@ -1,7 +1,7 @@
 """ONNX Runtime behind the engine contract."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -76,12 +76,20 @@ class OnnxRuntimeEngine:
 
     def run(self, model: Model, inputs: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.generic]]:
         """The outputs of one run. Raises InputError if the model cannot be loaded, StepError if it cannot be run."""
+        return self.loaded(model)(inputs)
+
+    def loaded(self, model: Model) -> Callable[[Mapping[str, NDArray[np.generic]]], list[NDArray[np.generic]]]:
+        """What runs the model as `run` does, loaded once. Raises InputError if it cannot be loaded."""
         session = self._session(model)
-        try:
-            outputs: list[NDArray[np.generic]] = session.run(None, dict(inputs))
-        except Exception as error:  # ONNX Runtime's errors share no base class of their own
-            raise StepError(f"ONNX Runtime cannot run {name_of(model)}: {_reason(error)}") from None
-        return outputs
+
+        def run(inputs: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.generic]]:
+            try:
+                outputs: list[NDArray[np.generic]] = session.run(None, dict(inputs))
+            except Exception as error:  # ONNX Runtime's errors share no base class of their own
+                raise StepError(f"ONNX Runtime cannot run {name_of(model)}: {_reason(error)}") from None
+            return outputs
+
+        return run
 
     def measure(self, models: Sequence[Model], rounds: int = 30) -> list[Timing]:
         """Time the models in turns (see `graphprune.engines.sampling.interleaved`)."""

@@ -330,6 +330,7 @@ def test_hopeless_candidates_are_given_up_and_judged_anew_where_another_bar_is_l
         return build
 
     monkeypatch.setattr("graphprune.evaluation.count", lambda *_: Counts(1, 1))
+    monkeypatch.setattr(Workbench, "answers", lambda _, pruned, __: pruned)
     vectors = [tuple(vector) for vector in np.ndindex(*(len(made.found.drafts[s.name]) for s in made.found.sites))]
     keen = replace(made.evaluator(LOOSE), bench=bench)
     monkeypatch.setattr(Workbench, "build", judged(0.9))
@@ -355,8 +356,9 @@ def test_a_candidate_is_cut_out_of_the_dense_graph_without_an_export(monkeypatch
     cuts, bench = p.found.cuts(choices), replace(p.bench, widest=p.found.cuts(choices))
     pruned = bench.build(cuts)
     monkeypatch.setattr(evaluation, "onnx_bytes", None)
+    assert replace(p, bench=bench).evaluator(LOOSE)(choices).error is None
     assert bench.surgeon is not None
-    assert bench.onnx(pruned, cuts) == bench.surgeon.cut(cuts, pruned.state_dict())
+    assert bench.file(pruned, cuts) == bench.surgeon.cut(cuts, pruned.state_dict())
     assert bench.surgeon is bench.surgeon
 
 
@@ -371,16 +373,22 @@ def test_a_candidate_that_cannot_be_cut_there_is_exported(broken: str, monkeypat
         raise StepError("not here")
 
     monkeypatch.setattr(f"graphprune.onnx_surgery.{broken}", refuse)
-    for _ in range(2):
-        assert bench.onnx(pruned, cuts) == onnx_bytes(pruned, p.bench.task.example_inputs)
-    assert len(calls) == 1, "what failed once is not tried again"
+    assert bench.file(pruned, cuts) is None
+    if broken != "OnnxSurgeon.cut":
+        assert bench.file(pruned, cuts) is None
+        assert len(calls) == 1, "what failed once is not tried again"
+    record = replace(p, bench=bench).evaluator(LOOSE)(choices)
+    assert record.accuracy == p.bench.task.accuracy(pruned)
+    exported = FakeEngine().seconds(onnx_bytes(pruned, p.bench.task.example_inputs))
+    assert record.measured is not None
+    assert record.measured.candidate[0] == pytest.approx(exported)
 
 
-def test_a_single_cut_that_is_refused_is_exported() -> None:
+def test_a_single_cut_that_is_refused_has_no_file() -> None:
     p, choices = parts(), parts().vector(conv1="16 of 32")
     bench, cuts = replace(p.bench), p.found.cuts(choices)
     pruned = bench.build(cuts)
     assert bench.surgeon is not None
-    assert bench.onnx(pruned, cuts) == bench.surgeon.cut(cuts, pruned.state_dict())
+    assert bench.file(pruned, cuts) == bench.surgeon.cut(cuts, pruned.state_dict())
     bench.surgeon.template = replace(bench.surgeon.template, fixed=dict.fromkeys(cuts.kept, "view"))
-    assert bench.onnx(pruned, cuts) == onnx_bytes(pruned, p.bench.task.example_inputs)
+    assert bench.file(pruned, cuts) is None
