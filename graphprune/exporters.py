@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import onnx
 import onnx_ir as ir
@@ -278,13 +279,16 @@ def by_torchscript(request: Request) -> ir.Model:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the exporters from warning (of their own deprecations) and logging; what fails arrives as an exception."""
+    """Keep the exporters from warning (of their own deprecations) and logging; what fails arrives as an exception.
+
+    The older one would print the whole graph when it fails, whatever its log level.
+    """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), patch.object(torch._C, "_jit_onnx_log", create=True):
             warnings.simplefilter("ignore")
             yield
     finally:

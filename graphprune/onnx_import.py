@@ -62,8 +62,9 @@ class OnnxModule(nn.Module):
         weights: dict[str, Any] = {}
         readers = _readers(steps)
         self.steps = tuple(self._with_layer(step, constants, readers, weights) for step in steps)
+        settings = {name for step in steps for name in _settings(step)}
         for name in dict.fromkeys(name for step in self.steps for name in step.inputs if name in constants):
-            self._hold(name, constants[name])
+            self._hold(name, constants[name], name in settings)
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the nodes in the order of the file."""
@@ -93,10 +94,10 @@ class OnnxModule(nn.Module):
             examples.append(random.to(dtype) if dtype.is_floating_point else (random > 0).to(dtype))
         return tuple(examples)
 
-    def _hold(self, name: str, value: NDArray[Any]) -> None:
+    def _hold(self, name: str, value: NDArray[Any], setting: bool) -> None:
         """Keep a constant: as a parameter, as a buffer, or as an array where it is small and may be a shape."""
         floating = np.issubdtype(value.dtype, np.floating)
-        if value.size <= (1 if floating else SMALL):
+        if setting or value.size <= (1 if floating else SMALL):
             self.arrays[name] = value
             return
         path, leaf = _place(name)
@@ -226,6 +227,8 @@ class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def _batch_norm(call: OnnxCall) -> nn.Module | None:
+    if call.attribute("training_mode", 0):
+        return None
     weight, bias, mean, variance = (call.tensor(n) for n in range(1, 5))
     layer = _AnyBatchNorm(len(mean), call.attribute("epsilon", 1e-5), device="meta")
     layer.running_mean, layer.running_var = mean.clone(), variance.clone()
@@ -262,6 +265,11 @@ def _attribute(attribute: onnx.AttributeProto) -> Any:
     if isinstance(value, bytes):
         return value.decode()
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _settings(step: Step) -> tuple[str, ...]:
+    """The inputs that tell a step what to do: factors, of which torch wants to know the numbers."""
+    return step.inputs[1:] if step.operator == "Resize" else ()
 
 
 def _readers(steps: Sequence[Step]) -> dict[str, list[Step]]:

@@ -148,12 +148,29 @@ def _instance_norm(call: OnnxCall) -> Tensor:
 
 
 @onnx_operator("BatchNormalization")
-def _batch_norm(call: OnnxCall) -> Tensor:
-    if call.attribute("training_mode", 0) or call.outputs > 1:
-        raise InputError("BatchNormalization in training mode is not supported")
-    weight, bias, mean, variance = (call.tensor(n) for n in range(1, 5))
+def _batch_norm(call: OnnxCall) -> Tensor | tuple[Tensor, ...]:
+    x, weight, bias, mean, variance = (call.tensor(n) for n in range(5))
     epsilon = call.attribute("epsilon", 1e-5)
-    return functional.batch_norm(call.tensor(0), mean, variance, weight, bias, eps=epsilon)
+    if call.opset < 14 and call.outputs > 1:
+        raise InputError("BatchNormalization in training mode, as it was before opset 14, is not supported")
+    if not call.attribute("training_mode", 0):
+        return functional.batch_norm(x, mean, variance, weight, bias, eps=epsilon)
+    normed = functional.batch_norm(x, None, None, weight, bias, training=True, eps=epsilon)  # as weights are, somewhere
+    if call.outputs == 1:
+        return normed
+    axes, kept = [axis for axis in range(x.dim()) if axis != 1], call.attribute("momentum", 0.9)
+    now = x.mean(axes), x.var(axes, correction=0)
+    return normed, *(old * kept + new * (1 - kept) for old, new in zip((mean, variance), now, strict=True))
+
+
+@onnx_operator("Col2Im")
+def _col2im(call: OnnxCall) -> Tensor:
+    image, kernel = call.ints(1), call.ints(2)
+    pads = call.attribute("pads", [0, 0, 0, 0])
+    if len(image) != 2 or pads[:2] != pads[2:]:
+        raise InputError("Col2Im with other than two axes, padded alike on both sides, is not supported")
+    dilations, strides = (call.attribute(name, [1, 1]) for name in ("dilations", "strides"))
+    return functional.fold(call.tensor(0), image, kernel, dilations, pads[:2], strides)
 
 
 @onnx_operator("Attention")

@@ -298,7 +298,10 @@ def _where(call: OnnxCall) -> Value:
 
 
 @onnx_operator("Clip")
-def _clip(call: OnnxCall) -> Tensor:
+def _clip(call: OnnxCall) -> Value:
+    if on_arrays(call) and call.opset >= 11:
+        least, most = call.value(1), call.value(2)
+        return np.asarray(call.values[0] if least is None and most is None else np.clip(call.values[0], least, most))  # type: ignore[arg-type]
     bounds = [call.attribute(name) for name in ("min", "max")]
     if call.opset >= 11:
         bounds = [float(call.tensor(n)) if isinstance(call.value(n), np.ndarray) else call.optional(n) for n in (1, 2)]

@@ -1,5 +1,7 @@
 """The main agent on problems whose answer is known, and its policy files."""
 
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from graphprune.agents import create
-from graphprune.agents.autosculpt import AutoSculpt, Search, only_plan
+from graphprune.agents.autosculpt import SHIPPED, AutoSculpt, Search, fits, only_plan
+from graphprune.agents.encoder import Sight
+from graphprune.agents.policies import Weights, adopt, read_policy
 from graphprune.counting import count
 from graphprune.engines.fake import FakeEngine
 from graphprune.errors import InputError
-from graphprune.problem import BudgetSpent, Problem
-from graphprune.search import search
+from graphprune.problem import BudgetSpent, Choices, Problem
+from graphprune.record import Record
+from graphprune.registry import patterns
+from graphprune.search import Session, search
 from graphprune.target import Target
+from graphprune.views import VIEW_FEATURES
 from tests.agents.toys import accuracy_of, feasible_plans, problem
 from tests.graphprune import tiny
 
@@ -30,6 +37,31 @@ def run(agent: str | AutoSculpt, made: Problem, seed: int) -> Problem:
     except BudgetSpent:
         assert made.remaining == 0
     return made
+
+
+def traced(made: Problem) -> Problem:
+    """The toy with as many node features as a traced model has, those of the toy being none of them."""
+    nodes = len(made.graph.features)
+    made.graph = replace(made.graph, features=np.zeros((nodes, len(VIEW_FEATURES)), np.float32))
+    return made
+
+
+def first_plan(agent: str | AutoSculpt, made: Problem) -> Choices:
+    """What an agent asks for first."""
+    asked: list[Choices] = []
+    evaluator = made.evaluator
+
+    def noted(choices: Choices) -> Record:
+        asked.append(choices)
+        return evaluator(choices)
+
+    run(agent, replace(made, evaluator=noted, trials=1, records=[], _seen={}), 0)
+    return asked[0]
+
+
+def errors_of_first_plans(made: Problem) -> list[float]:
+    """By the error table: of the main agent, of `uniform` and of `magnitude`."""
+    return [made.error(first_plan(name, made)) for name in ("autosculpt", "uniform", "magnitude")]
 
 
 def finds(agent: str, best: float) -> int:
@@ -100,6 +132,24 @@ def test_a_policy_moves_to_a_problem_of_another_size(tmp_path: Path) -> None:
     assert any(not torch.equal(value, saved[name]) for name, value in load_file(tmp_path / "after.safetensors").items())
 
 
+class Unseen(nn.Module):
+    """A network of another make than those that the policy practised on: two branches side by side, joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 48, 3, 1, 1)
+        self.left = nn.Conv2d(48, 64, 3, 2, 1)
+        self.right = nn.Conv2d(48, 32, 5, 2, 2)
+        self.middle = nn.Conv2d(96, 64, 3, 1, 1)
+        self.block = nn.Conv2d(64, 64, 3, 1, 1)
+        self.head = nn.Linear(64, tiny.CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        x = self.middle(torch.cat([self.left(x), self.right(x)], 1).relu()).relu()
+        return self.head((x + self.block(x).relu()).mean((2, 3)))
+
+
 class Wider(nn.Module):
     """Another network than `tiny.network`: other operators, sites and options."""
 
@@ -151,6 +201,81 @@ def test_bad_policies_are_refused(tmp_path: Path) -> None:
     agent.load_policy(path)
     with pytest.raises(InputError, match="does not fit"):
         agent.run(problem(trials=1), np.random.default_rng(0))
+
+
+def test_the_shipped_policy_fits_what_traced_models_show() -> None:
+    weights, made = read_policy(SHIPPED), traced(problem())
+    assert fits(weights, made)
+    assert not fits(weights, problem()), "toys by hand have other features and start from scratch"
+    adopt(Search(made, np.random.default_rng(0), None).ppo.policy, weights)
+    assert SHIPPED.stat().st_size < 200_000
+    settings = tomllib.loads((SHIPPED.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["package-data"]["graphprune.agents"] == ["*.safetensors"]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Weights]:
+    """The weights that each search has before its first update."""
+    seen: list[Weights] = []
+    monkeypatch.setattr(Search, "warm_up", lambda self, updates: seen.append(self.weights()))
+    return seen
+
+
+def test_the_shipped_policy_is_the_start_unless_told_otherwise(started: list[Weights], tmp_path: Path) -> None:
+    shipped = read_policy(SHIPPED)
+    mine = {name: value + 1 for name, value in shipped.items()}
+    save_file(mine, tmp_path / "mine.safetensors")
+    own = AutoSculpt(tmp_path / "mine.safetensors")
+    for agent in (AutoSculpt(), own, AutoSculpt(None), AutoSculpt(sight=Sight(graph=False))):
+        run(agent, traced(problem(trials=1)), 0)
+    run(AutoSculpt(), problem(trials=1), 0)
+
+    def same(weights: Weights, other: Weights) -> bool:
+        return all(torch.equal(value, other[name]) for name, value in weights.items())
+
+    assert [same(weights, shipped) for weights in started] == [True, False, False, False, False]
+    assert [same(weights, mine) for weights in started] == [False, True, False, False, False]
+
+
+def test_a_policy_for_other_features_is_refused(tmp_path: Path) -> None:
+    agent = AutoSculpt(SHIPPED)
+    with pytest.raises(InputError, match=r"does not fit this version: size mismatch for .*embed\.weight"):
+        agent.run(problem(trials=1), np.random.default_rng(0))
+    with pytest.raises(InputError, match="cannot read a policy"):
+        AutoSculpt(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("limit", [0.35, 0.5, 0.65])
+def test_the_first_plan_on_an_unseen_toy_beats_the_plans_without_a_search(limit: float) -> None:
+    better = 0
+    for seed in range(5):
+        made = traced(problem(100 + seed, sizes=(5,) * 10, limit=limit, trials=1))
+        own, uniform, magnitude = errors_of_first_plans(made)
+        assert own < uniform
+        assert own <= magnitude + 1e-9
+        better += own < magnitude - 1e-9
+    assert better >= 3
+
+
+def test_the_first_plan_on_an_unseen_traced_network_beats_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    model, every = Unseen().eval(), list(patterns().values())
+    session = Session.prepare(model, tiny.task(), Target(latency=0.5), FakeEngine(), every, None, lambda *_: None)
+    made = session.problem(1, {"latency": 0.5})
+    made.evaluator = lambda choices: Record(made.plan(choices), accuracy=0.5)
+    own, uniform, magnitude = errors_of_first_plans(made)
+    assert made.feasible(first_plan("autosculpt", made))
+    assert own < uniform
+    assert own < magnitude
+
+
+@pytest.mark.parametrize("missing", ["nodes", "patterns", "graph", "errors"])
+def test_an_ablated_agent_searches_all_the_same(missing: str) -> None:
+    made = run(AutoSculpt(sight=Sight(**{missing: False})), traced(problem(2, sizes=(3, 3, 3), trials=5)), 0)
+    assert len(made.records) == 5
 
 
 def test_only_plan_follows_the_wall() -> None:

@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphprune.agents.encoder import PATTERN_FEATURES, PairScorer, pattern_features, typed_edges
+from graphprune.agents.encoder import ALL, PATTERN_FEATURES, PairScorer, Sight, pattern_features, typed_edges
 from graphprune.environment import Observer
-from graphprune.problem import GraphView, Problem
+from graphprune.problem import Factor, GraphView, Problem, Sum
+from graphprune.views import VIEW_FEATURES
 from tests.agents.toys import problem
 
 PREFIXES = np.array([[1, 0], [0, 2], [3, 1]])
 
 
-def scorer(made: Problem) -> PairScorer:
+def scorer(made: Problem, sight: Sight = ALL) -> PairScorer:
     torch.manual_seed(0)
-    return PairScorer(Observer(made).space, made)
+    return PairScorer(Observer(made).space, made, sight)
 
 
 def scores(network: PairScorer, made: Problem, prefixes: np.ndarray = PREFIXES) -> Tensor:
@@ -79,6 +80,50 @@ def test_pattern_features_say_what_an_option_is() -> None:
     assert row[9:13] == pytest.approx([1, 0.3, np.log(0.5001) / 4, np.log(2)])
     assert sum(row[13:]) == 1
     assert pattern_features("heads", replace(option, geometry=()))[:10] == [0] * 10
+
+
+def changes() -> dict[str, tuple[Problem, Problem]]:
+    """By the part of the sight that alone shows it: a problem, and the same with a difference."""
+    made = problem(0, sizes=(4, 3, 5, 2))
+    rng = np.random.default_rng(0)
+    made.graph = replace(made.graph, features=rng.normal(size=(6, len(VIEW_FEATURES))).astype(np.float32))
+    features, curves = made.graph.features.copy(), made.graph.features.copy()
+    features[5] += 1  # the node of no site: only through the graph can it matter
+    curves[:, -5:] += 1
+    other = [replace(decision.options[1], geometry=(0, 1, 0) * 3) for decision in made.decisions]
+    reshaped = tuple(
+        replace(decision, options=(decision.options[0], option, *decision.options[2:]))
+        for decision, option in zip(made.decisions, other, strict=True)
+    )
+    worse = tuple(
+        replace(decision, options=tuple(replace(option, error=3 * option.error) for option in decision.options))
+        for decision in made.decisions
+    )
+    table = Sum(0.0, tuple(Factor(factor.sites, factor.table**2) for factor in made.error.factors))
+    return {
+        "nodes": (made, replace(made, graph=replace(made.graph, features=2 * made.graph.features))),
+        "graph": (made, replace(made, graph=replace(made.graph, features=features))),
+        "patterns": (made, replace(made, decisions=reshaped)),
+        "errors": (
+            made, replace(made, graph=replace(made.graph, features=curves), decisions=worse, error=table)
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["nodes", "graph", "patterns", "errors"])
+def test_what_an_ablation_takes_away_is_not_seen(part: str) -> None:
+    made, other = changes()[part]
+    blind = Sight(**{part: False})
+    assert not torch.allclose(scores(scorer(made), made), scores(scorer(other), other), atol=1e-5)
+    assert torch.equal(scores(scorer(made, blind), made), scores(scorer(other, blind), other))
+
+
+def test_ablations_have_the_parameters_of_the_whole() -> None:
+    made = problem(0, sizes=(4, 3))
+    whole = {name: value.shape for name, value in scorer(made).state_dict().items()}
+    for part in ("nodes", "graph", "patterns", "errors"):
+        own = scorer(made, Sight(**{part: False})).state_dict()
+        assert {name: value.shape for name, value in own.items()} == whole
 
 
 @pytest.mark.parametrize("fused", [False, True])

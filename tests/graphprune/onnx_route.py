@@ -1,5 +1,7 @@
 """The same plan by two routes: on a torch module, and on the ONNX file that it was exported to."""
 
+from collections.abc import Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import onnx
@@ -19,15 +21,21 @@ PATTERNS = {"channels": "filter", "heads": "heads", "hidden": "hidden", "width":
 def moved(plan: Plan, graph: ModelGraph, other: ModelGraph) -> Plan:
     """The plan of one graph for another graph of the same network: a site is known by its size and its layers.
 
-    Raises StepError where the other graph lacks a site.
+    Layers are known by their order, operator by operator: what stands in the torch module as a product with a parameter
+    may be a linear layer in the file. Raises StepError where the other graph lacks a site.
     """
+    ours, theirs = [layer.operator for layer in graph.layers], [layer.operator for layer in other.layers]
+    aligned = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+    pairs = [(block.a + n, block.b + n) for block in aligned for n in range(block.size)]
+    same_layer = {other.layers[b].node: graph.layers[a].node for a, b in pairs}
+    known = {node: node for node in same_layer.values()}
     places: dict[object, list[Site]] = {}
     for site in other.all_sites:
-        places.setdefault(_place(other, site), []).append(site)
+        places.setdefault(_place(site, same_layer), []).append(site)
     choices = []
     for choice in plan.choices:
         site = graph.site[choice.site]
-        found = places.get(_place(graph, site), [])
+        found = places.get(_place(site, known), [])
         same = [there for there in found if there.kind == site.kind] or found
         if not same:
             raise StepError(f"the other graph has no site like {site.name!r} ({site.kind}, {site.size} units)")
@@ -37,9 +45,8 @@ def moved(plan: Plan, graph: ModelGraph, other: ModelGraph) -> Plan:
     return Plan(other.signature, tuple(choices), other.inputs)
 
 
-def _place(graph: ModelGraph, site: Site) -> object:
-    position = {layer.node: number for number, layer in enumerate(graph.layers)}
-    return site.size, site.kind == "kernel", tuple(sorted(position[node] for node in site.layers))
+def _place(site: Site, names: Mapping[str, str]) -> object:
+    return site.size, site.kind == "kernel", frozenset(names[node] for node in site.layers if node in names)
 
 
 def difference(model: nn.Module, graph: ModelGraph, plan: Plan, file: Path, batch: int = 3) -> float:

@@ -338,6 +338,17 @@ def test_the_exporters_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert capfd.readouterr() == ("", "")
 
 
+def test_nor_does_one_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    class Inverse(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.inv(x)
+
+    request = exporters.prepare(Inverse(), torch.eye(4).repeat(2, 1, 1), True, None)
+    with pytest.raises(StepError, match="linalg_inv"):
+        exporters.convert(request, (exporters.by_torchscript,))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_no_folder_of_this_machine_is_in_the_file(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
     path = export_onnx(model, tmp_path / "model.onnx", torch.rand(2, 3, 8, 8))

@@ -123,6 +123,39 @@ def test_the_batch_stays_free_where_constants_are_spread_over_it() -> None:
         assert y.shape == (batch, 4)
 
 
+def test_factors_of_a_resize_are_no_weights() -> None:
+    scales = np.array([1, 1, 2, 3], dtype=np.float32)
+    resize = helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="nearest", nearest_mode="floor",
+                              coordinate_transformation_mode="asymmetric")  # fmt: skip
+    imported = import_onnx(network([resize], {"scales": scales}, ["batch", 3, 4, 5]))
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(imported(x), x.repeat_interleave(2, 2).repeat_interleave(3, 3))
+    assert not list(imported.parameters())
+    assert gp.trace(imported, x).nodes[-1].shape == (1, 3, 8, 15)
+
+
+def test_weights_that_are_standardised_as_they_are_used() -> None:
+    """As batch norm in training mode over a weight, which is no batch norm layer."""
+    rng = np.random.default_rng(0)
+    weight, ones = rng.normal(size=(1, 6, 8)).astype(np.float32), np.ones(6, np.float32)
+    nodes = [
+        helper.make_node("BatchNormalization", ["w", "ones", "zeros", "zeros", "ones"], ["s"], training_mode=1),
+        helper.make_node("Reshape", ["s", "shape"], ["m"]),
+        helper.make_node("Gemm", ["x", "m"], ["y"], transB=1),
+    ]
+    constants = {"w": weight, "ones": ones, "zeros": 0 * ones, "shape": np.array([6, 8])}
+    imported = import_onnx(network(nodes, constants, ["batch", 8]))
+    x = rng.normal(size=(5, 8)).astype(np.float32)
+    standard = (weight[0] - weight[0].mean(1, keepdims=True)) / weight[0].std(1, keepdims=True)
+    np.testing.assert_allclose(imported(torch.from_numpy(x)).detach().numpy(), x @ standard.T, atol=1e-4)
+
+
+def test_bounds_of_what_is_known_stay_known() -> None:
+    clip = OPERATORS["Clip"](OnnxCall("Clip", (np.array([-3, 5]), np.array(0), None), {}, opset=13))
+    assert isinstance(clip, np.ndarray)
+    assert clip.tolist() == [0, 5]
+
+
 def test_an_operator_of_ones_own_takes_one_function() -> None:
     model = network([helper.make_node("Twice", ["x"], ["y"], domain="tests")], {}, ["batch", 4])
     with pytest.raises(InputError, match="no torch equivalent for the ONNX operators tests::Twice"):

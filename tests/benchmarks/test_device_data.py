@@ -1,0 +1,62 @@
+"""Augmentation on the device: one draw for each image, the same for the same seed."""
+
+import torch
+from device_data import PADDING, DeviceEpoch, crop, flip, on_device
+from torch.nn import functional
+
+from graphprune.images import Images, crop_and_flip
+from graphprune.randomness import seeded
+from graphprune.task import Task
+
+
+def pixels(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def task(count: int) -> Task:
+    images = Images(pixels(count), torch.arange(count) % 10, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), 32)
+    inputs, targets = next(images.batches(4))
+    return Task(
+        "some", (inputs[:2],), (inputs,), ((inputs, targets),), lambda seed: images.epoch(seed, 8, crop_and_flip),
+        mean=images.mean, std=images.std,
+    )  # fmt: skip
+
+
+def test_each_image_is_cropped_at_its_own_corner():
+    images, corners = pixels(3), torch.tensor([[PADDING, 0, 7], [PADDING, 2, 1]])
+    wide = functional.pad(images, (PADDING,) * 4)
+    found = crop(images, corners)
+    assert torch.equal(found[0], images[0])
+    for number, (down, right) in enumerate(corners.T.tolist()):
+        assert torch.equal(found[number], wide[number, :, down : down + 32, right : right + 32])
+
+
+def test_only_chosen_images_are_flipped():
+    images = pixels(3)
+    found = flip(images, torch.tensor([True, False, True]))
+    assert torch.equal(found[1], images[1])
+    assert torch.equal(found[2], images[2].flip(2))
+
+
+def test_an_epoch_shows_each_image_once_and_is_seeded():
+    images, labels = pixels(16), torch.arange(16)
+
+    def batches(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(DeviceEpoch(images, labels, 4, seed, normalise=lambda batch: batch))
+
+    first, again, other = batches(1), batches(1), batches(2)
+    assert sorted(torch.cat([targets for _, targets in first]).tolist()) == list(range(16))
+    assert all(torch.equal(a, b) for one, two in zip(first, again, strict=True) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(first[0][1], other[0][1])
+
+
+def test_a_task_on_the_device_is_normalised_augmented_and_mixed():
+    placed = on_device(task(20), images=16, randaugment=True, mixing=1.0)
+    with seeded(0):
+        batches = list(placed.train(0))
+    assert [len(inputs) for inputs, _ in batches] == [8, 8]
+    for inputs, targets in batches:
+        assert inputs.dtype == torch.float32
+        assert inputs.min() >= -0.5 / 0.2 - 1e-4
+        assert inputs.max() <= 0.7 / 0.2 + 1e-4
+        assert torch.allclose(targets.sum(1), torch.ones(8))
