@@ -5,7 +5,7 @@ importance reads the gradients of the training loss over a few batches.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
@@ -22,23 +22,46 @@ GRADIENT_BATCHES = 10
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to use it."""
+    """One way to use it.
 
-    importance: str
-    global_pruning: bool
-    round_to: int | None
+    `importance` is one of IMPORTANCES, `scope` one of SCOPES: within each group, over all of them, or over those of the
+    same structure (isomorphic pruning, ECCV 2024). `heads` cuts whole heads and hidden units of a transformer, not the
+    embedding and the width of heads: the options `--bottleneck` and `--prune_num_heads` of its examples.
+    """
+
+    importance: str = "magnitude"
+    scope: str = "uniform"
+    round_to: int | None = None
+    heads: bool = False
 
     @property
     def name(self) -> str:
         """How a row of results calls it."""
-        scope = "global" if self.global_pruning else "uniform"
-        return f"torch-pruning {self.importance} {scope} round_to {self.round_to or 'none'}"
+        kind = " heads" if self.heads else ""
+        return f"torch-pruning {self.importance} {self.scope}{kind} round_to {self.round_to or 'none'}"
+
+
+IMPORTANCES: dict[str, Callable[[], torch_pruning.importance.Importance]] = {
+    "magnitude": lambda: torch_pruning.importance.MagnitudeImportance(p=2),
+    "taylor": torch_pruning.importance.TaylorImportance,
+    "bn-scale": torch_pruning.importance.BNScaleImportance,
+}
+SCOPES = ("uniform", "global", "isomorphic")
 
 
 def settings() -> Iterator[Setting]:
     """Both importances, uniform and global, with channels in whole engine blocks and without."""
-    for importance, scope, round_to in product(("magnitude", "taylor"), (False, True), (16, None)):
+    for importance, scope, round_to in product(("magnitude", "taylor"), ("uniform", "global"), (16, None)):
         yield Setting(importance, scope, round_to)
+
+
+def all_settings(model: nn.Module) -> Iterator[Setting]:
+    """Every importance that the model has the layers for, every scope and rounding, with and without whole heads."""
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    importances = [name for name in IMPORTANCES if normed or name != "bn-scale"]
+    heads = (False, True) if _fused_attention(model) else (False,)
+    for importance, scope, round_to, whole in product(importances, SCOPES, (None, 8, 16), heads):
+        yield Setting(importance, scope, round_to, whole)
 
 
 @dataclass(frozen=True)
@@ -61,53 +84,58 @@ class TorchPruning:
         model = copy.deepcopy(self.dense).eval()
         for parameter, gradient in zip(model.parameters(), self.gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
-        importances = {
-            "magnitude": torch_pruning.importance.MagnitudeImportance(p=2),
-            "taylor": torch_pruning.importance.TaylorImportance(),
-        }
-        pruner = torch_pruning.pruner.BasePruner(
-            model,
-            self.example,
-            importance=importances[setting.importance],
-            global_pruning=setting.global_pruning,
-            pruning_ratio=ratio,
-            ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Linear)],
-            round_to=setting.round_to,
-        )
-        pruner.step()
+        _prune(model, self.example, setting, ratio)
         model.zero_grad(set_to_none=True)
         return model.eval()
 
 
 def halve(model: nn.Module, example: Tensor, ratio: float, round_to: int) -> nn.Module:
-    """A copy with a share of the channels of every group gone, by magnitude; the output layers are ignored.
-
-    Heads of fused attention are followed as the examples for timm's transformers do.
-    """
+    """A copy with a share of the channels of every group gone, by magnitude; the output layer is ignored."""
     pruned = copy.deepcopy(model).eval()
-    pruner = halving_pruner(pruned, example, ratio, round_to)
-    pruner.step()
-    for module in _fused_attention(pruned):
-        module.num_heads = pruner.num_heads[module.qkv]
-        module.attn_dim = module.qkv.out_features // 3  # timm has had this attribute since those examples
-        module.head_dim = module.attn_dim // module.num_heads
+    _prune(pruned, example, Setting(round_to=round_to), ratio)
     return pruned
 
 
 def halving_pruner(model: nn.Module, example: Tensor, ratio: float, round_to: int) -> torch_pruning.pruner.BasePruner:
-    """A pruner of the model itself, its dependency graph built; heads of fused attention are given to it."""
-    outputs = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1:]
+    """The pruner that `halve` uses, of the model itself, its dependency graph built."""
+    return _pruner(model, example, Setting(round_to=round_to), ratio)
+
+
+def _prune(model: nn.Module, example: Tensor, setting: Setting, ratio: float) -> None:
+    """Prune the model itself. Heads of fused attention are followed as the examples for timm's transformers do."""
+    pruner = _pruner(model, example, setting, ratio)
+    pruner.step()
+    for module in _fused_attention(model):
+        module.num_heads = pruner.num_heads[module.qkv]
+        module.attn_dim = module.qkv.out_features // 3  # timm has had this attribute since those examples
+        module.head_dim = module.attn_dim // module.num_heads
+
+
+def _pruner(model: nn.Module, example: Tensor, setting: Setting, ratio: float) -> torch_pruning.pruner.BasePruner:
+    attention = _fused_attention(model)
     return torch_pruning.pruner.BasePruner(
         model,
         example,
-        importance=torch_pruning.importance.MagnitudeImportance(p=2),
+        importance=IMPORTANCES[setting.importance](),
+        global_pruning=setting.scope != "uniform",
+        isomorphic=setting.scope == "isomorphic",
         pruning_ratio=ratio,
-        ignored_layers=outputs,
-        round_to=round_to,
-        num_heads={module.qkv: module.num_heads for module in _fused_attention(model)},
-        prune_num_heads=False,
-        prune_head_dims=True,
+        ignored_layers=_ignored(model, setting.heads),
+        round_to=setting.round_to,
+        num_heads={module.qkv: module.num_heads for module in attention},
+        prune_num_heads=setting.heads,
+        prune_head_dims=not setting.heads,
+        head_pruning_ratio=min([ratio, *(1 - 1 / module.num_heads for module in attention)]) if setting.heads else 0.0,
     )
+
+
+def _ignored(model: nn.Module, bottleneck: bool) -> list[nn.Module]:
+    """The output layer; for cuts inside of transformer blocks, also the layers that write to the embedding."""
+    outputs: list[nn.Module] = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1:]
+    if not bottleneck:
+        return outputs
+    writers = [name for name, _ in model.named_modules() if name.endswith(("attn.proj", "mlp.fc2", "patch_embed.proj"))]
+    return [*outputs, *map(model.get_submodule, writers)]
 
 
 def _fused_attention(model: nn.Module) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The built-in tasks by name: `digits`, `cifar10:DIR`, `imagefolder:DIR`."""
+"""The built-in tasks by name: `digits`, `cifar10:DIR`, `imagefolder:DIR`, `images:FILE`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,9 +29,11 @@ def load(name: str, options: Options) -> Task:
     loaders: dict[str, Callable[[Path, Options], Task]] = {"cifar10": _cifar10, "imagefolder": imagefolder.load}
     if name == "digits":
         return _digits(options)
-    if kind not in loaders or not folder:
-        raise InputError(f"unknown task {name!r}: expected digits, cifar10:DIR or imagefolder:DIR")
+    if kind not in (*loaders, "images") or not folder:
+        raise InputError(f"unknown task {name!r}: expected digits, cifar10:DIR, imagefolder:DIR or images:FILE")
     path = Path(folder).expanduser()
+    if kind == "images":
+        return _images(path, options)
     if not path.is_dir():
         raise InputError(f"there is no folder {path} for task {kind!r}")
     return loaders[kind](path, options)
@@ -91,6 +93,21 @@ def _cifar10(folder: Path, options: Options) -> Task:
         return read_cifar10(folder, options, train=False)
 
     return _Split("cifar10", read_cifar10(folder, options, train=True), test, crop_and_flip, 1024, 2000).cut(options)
+
+
+def _images(file: Path, options: Options) -> Task:
+    """Images alone, as a network gets them: float [N, C, H, W], normalised. Half of them validate, unless told how many."""
+    try:
+        images = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"cannot read images from {file}: {error}") from None
+    if not isinstance(images, np.ndarray):
+        raise InputError(f"{file} holds several arrays: save one of them with numpy.save")
+    if not images.ndim or len(images) < 2:
+        raise InputError(f"{file} holds no images [N, C, H, W]")
+    shuffled = images[np.random.default_rng(options.seed).permutation(len(images))]
+    held = options.validation or len(images) // 2
+    return Task.unlabelled(shuffled, options.batch_size, len(images) - held, "images")
 
 
 def read_cifar10(folder: Path, options: Options, train: bool) -> Images:

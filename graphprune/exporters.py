@@ -63,12 +63,11 @@ def prepare(model: nn.Module, example: Tensor | Sequence[Tensor], dynamic: bool,
     for module in subject.modules():
         module.training = False  # as eval() does, which an exported graph refuses
     outputs = outputs_of(subject, inputs)
-    count = len(outputs)
     return Request(
         model=subject,
         inputs=inputs,
         input_names=_input_names(subject, len(inputs)),
-        output_names=("output",) if count == 1 else tuple(f"output_{index}" for index in range(count)),
+        output_names=_output_names(subject, len(outputs)),
         output_shapes=tuple(tuple(x.shape) for x in outputs),
         batched_outputs=_batched(outputs, inputs[0]),
         dynamic=dynamic,
@@ -101,12 +100,23 @@ def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _input_names(model: nn.Module, count: int) -> tuple[str, ...]:
-    """The names of forward's parameters, or input_0, input_1 and so on where it takes any number."""
+    """The names of the file that the model was read from, else those of forward's parameters, else input_0, ..."""
+    own = getattr(model, "input_names", ())
+    if len(own) == count:
+        return tuple(own)
     parameters = list(inspect.signature(model.forward).parameters.values())[:count]
     named = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY) for p in parameters)
     if named and len(parameters) == count:
         return tuple(parameter.name for parameter in parameters)
     return tuple(f"input_{index}" for index in range(count))
+
+
+def _output_names(model: nn.Module, count: int) -> tuple[str, ...]:
+    """The names of the file that the model was read from, else output, or output_0, output_1 and so on."""
+    own = getattr(model, "output_names", ())
+    if len(own) == count:
+        return tuple(own)
+    return ("output",) if count == 1 else tuple(f"output_{index}" for index in range(count))
 
 
 Route = Callable[[Request], ir.Model]

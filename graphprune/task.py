@@ -143,7 +143,8 @@ class Task:
 
     @classmethod
     def load(cls, name: str, **options: Any) -> "Task":
-        """A built-in task: `digits`, `cifar10:DIR` or `imagefolder:DIR`; options as in `options.Options`.
+        """A built-in task: `digits`, `cifar10:DIR`, `imagefolder:DIR` or `images:FILE`; options as in
+        `options.Options`.
 
         Raises InputError for an unknown name or option, and for a folder that does not hold such data.
         """

@@ -25,7 +25,11 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help=f"{MODELS}, e.g. 'timm:resnet18?num_classes=10'.", show_default=False)
 ]
 Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="The model's trained weights, a safetensors file.")]
-Data = Annotated[str, typer.Option(metavar="DATA", help="digits, cifar10:DIR or imagefolder:DIR.", show_default=False)]
+Data = Annotated[str | None, typer.Option(metavar="DATA", help="digits, cifar10:DIR or imagefolder:DIR.")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Instead of --data: images without labels, as the model gets them (npy, NCHW)."),
+]
 InputSize = Annotated[
     int | None, typer.Option(metavar="PIXELS", help="Height and width of the input. Default: what the model declares.")
 ]
@@ -78,6 +82,13 @@ def engine(name: str, **settings: Any) -> "Engine":
     from graphprune import engines
 
     return engines.create(name, **settings)
+
+
+def named_data(data: str | None, calibration: Path | None) -> str:
+    """The task's name, which one of two options tells. Raises InputError for none and for both."""
+    if (data is None) == (calibration is None):
+        raise InputError("give either --data, or --calibration with a file of images")
+    return data or f"images:{calibration}"
 
 
 def input_shape(spec: str, model: "nn.Module", size: int | None) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ import graphprune as gp
 from graphprune.commands import base, outcome
 from graphprune.commands.base import (
     Answer,
+    Calibration,
     Data,
     EngineName,
     Folder,
@@ -42,13 +43,15 @@ class Prune(Verb):
     stopped goes on where it was when the same command is given again.
 
     Example: graphprune prune 'timm:resnet18?num_classes=5' --weights my.safetensors --data imagefolder:photos
-    --latency 0.5 --epochs 20
+    --latency 0.5 --epochs 20. An ONNX file alone will do: graphprune prune model.onnx --calibration images.npy
+    --latency 0.6
     """
 
     stopped: ClassVar[str] = "stopped; every finished trial is kept: give the same command again to go on from there"
 
     model: Model
-    data: Data
+    data: Data = None
+    calibration: Calibration = None
     weights: Weights = None
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")] = Path("out")
 
@@ -95,9 +98,9 @@ class Prune(Verb):
         target, engine = self._target(), base.engine(self.engine, threads=self.threads)
         if self.epochs < 0 or self.trials < 1:
             raise InputError("--epochs must be at least 0 and --trials at least 1")
-        agent = self._agent()
+        agent, data = self._agent(), base.named_data(self.data, self.calibration)
         dense = models.create(self.model, self.weights).eval()
-        task = steps.load_task(self.data, self.model, dense, self.input_size, self.seed)
+        task = steps.load_task(data, self.model, dense, self.input_size, self.seed)
         with Bars() as bars:
             result = gp.search(
                 dense,
@@ -117,7 +120,7 @@ class Prune(Verb):
             if self.epochs:
                 recipe = Recipe(epochs=self.epochs, seed=self.seed)
                 result = steps.tune(result, task, recipe, self.out, bars.epochs("finetune", self.epochs))
-            delivered = delivery.deliver(result, self.out, engine, bars.update, title=f"{self.model} on {self.data}")
+            delivered = delivery.deliver(result, self.out, engine, bars.update, title=f"{self.model} on {data}")
         answer = outcome.answer(delivered, steps.accuracies(delivered.result, task, self.test))
         return outcome.with_rivals(answer, delivered, found) if delivered.result.rivals else answer
 
@@ -160,7 +163,8 @@ class Finetune(Verb):
     stopped: ClassVar[str] = "stopped; every finished epoch is kept: give the same command again to go on from there"
 
     folder: Folder
-    data: Data
+    data: Data = None
+    calibration: Calibration = None
     epochs: Annotated[int, typer.Option(metavar="N", help="Epochs of training.")] = 30
     weights: Annotated[
         Path | None,
@@ -186,9 +190,10 @@ class Finetune(Verb):
         name = self.engine or engines.named_in(measured.engine if measured else "")
         engine = base.engine(name, threads=self.threads)
         size = result.graph.inputs[0][1][-1]
-        task = steps.load_task(self.data, result.spec, result.dense, size, self.seed)
+        data = base.named_data(self.data, self.calibration)
+        task = steps.load_task(data, result.spec, result.dense, size, self.seed)
         with Bars() as bars:
             recipe = Recipe(epochs=self.epochs, seed=self.seed)
             result = steps.tune(result, task, recipe, self.folder, bars.epochs("finetune", self.epochs))
-            delivered = delivery.deliver(result, self.folder, engine, bars.update, title=f"{result.spec}, {self.data}")
+            delivered = delivery.deliver(result, self.folder, engine, bars.update, title=f"{result.spec}, {data}")
         return outcome.answer(delivered, steps.accuracies(delivered.result, task, self.test))

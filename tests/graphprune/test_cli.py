@@ -169,6 +169,49 @@ def test_prune_without_labels_is_judged_by_agreement(tmp_path: Path, weights: Pa
     assert facts["met"]
 
 
+def test_a_bare_onnx_file_is_pruned_on_images_alone(tmp_path: Path):
+    """No Python source, no labels: what comes out computes about the same as the file, with fewer FLOPs."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3, padding=1)]
+    model = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 4))
+    images = torch.randn(40, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    file = gp.export_onnx(model.eval(), tmp_path / "dense.onnx", images[:2])
+    np.save(tmp_path / "images.npy", images.numpy())
+    given = ("--calibration", tmp_path / "images.npy", "--flops", "0.7", *QUICK, "--epochs", "0")
+    facts = good("prune", file, *given, "--out", tmp_path / "out", "--json").facts
+    assert facts["met"]
+    assert facts["accuracy"]["agreement with dense"]["dense"] == 1.0
+    dense, pruned = (
+        onnxruntime.InferenceSession(path).run(None, {"input": images.numpy()})[0]
+        for path in (file, tmp_path / "out" / "pruned.onnx")
+    )
+    assert facts["accuracy"]["agreement with dense"]["pruned"] == pytest.approx(
+        np.mean(dense.argmax(1) == pruned.argmax(1)), abs=0.2
+    )
+    assert np.abs(pruned - dense).mean() < np.abs(dense - dense.mean(0)).mean()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((), "give either --data, or --calibration"),
+        (("--data", "digits", "--calibration", "images.npy"), "give either --data, or --calibration"),
+        (("--calibration", "gone.npy"), "cannot read images from gone.npy"),
+        (("--calibration", "text.npy"), "cannot read images from text.npy"),
+        (("--calibration", "flat.npy"), "images must be floats"),
+        (("--calibration", "whole.npy"), "images must be floats"),
+        (("--calibration", "one.npy"), "holds no images"),
+    ],
+)
+def test_images_that_cannot_be_used(given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.npy").write_text("no array")
+    np.save("flat.npy", np.zeros((8, 3), np.float32))
+    np.save("whole.npy", np.zeros((8, 3, 4, 4), np.uint8))
+    np.save("one.npy", np.zeros((1, 3, 4, 4), np.float32))
+    assert message in one_line(call("prune", VIT, *given, "--latency", "0.5"))
+
+
 def test_a_second_run_takes_every_trial_from_the_study(pruned, photos, weights, monkeypatch):
     out, facts = pruned
     before = good("runs", out, "--json").facts["studies"]
