@@ -96,7 +96,7 @@ def _cifar10(folder: Path, options: Options) -> Task:
 
 
 def _images(file: Path, options: Options) -> Task:
-    """Images alone, as a network gets them: float [N, C, H, W], normalised. Half of them validate, unless told how many."""
+    """Images alone, as a network gets them: float [N, C, H, W], normalised. Half validate, unless told how many."""
     try:
         images = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
