@@ -7,7 +7,7 @@ size that may change is known. What is left is right for any cut once these cons
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -180,22 +180,23 @@ class _Builder:
         """Make constants of the sizes that a call holds and a cut may change."""
         name = operator_name(node)
         rule = RULES.get(name)
-        if name in SPLITS:
-            self._open_split(node)
-        elif node.name not in self.values:
+        if node.name not in self.values and name not in SPLITS:
             return
-        elif name in VIEWS:
-            self._open_view(node)
-        elif name == "slice":
-            self._open_slice(node)
-        elif name in CONVOLUTIONS:
-            self._open_convolution(node)
-        elif name == "group_norm":
-            self._open_group_norm(node)
-        elif name == "mean":
-            self._pool(node)
+        if name in self._openers:
+            self._openers[name](node)
         elif rule is not None and rule.literals is not None and name not in SIZELESS:
             self._fix(node)
+
+    @property
+    def _openers(self) -> dict[str, Callable[[fx.Node], None]]:
+        return {
+            **dict.fromkeys(SPLITS, self._open_split),
+            **dict.fromkeys(VIEWS, self._open_view),
+            **dict.fromkeys(CONVOLUTIONS, self._open_convolution),
+            "slice": self._open_slice,
+            "group_norm": self._open_group_norm,
+            "mean": self._pool,
+        }
 
     def _open_view(self, node: fx.Node) -> None:
         maker, forms = self.values[node.name].producer(), self.forms.get(node.name)

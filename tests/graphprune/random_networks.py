@@ -220,11 +220,11 @@ class AcrossTokens(nn.Module):
 
 
 class SplitAttention(nn.Module):
-    """Two groups of channels, weighed against each other by a softmax between them."""
+    """Two groups of channels (one where they are odd), weighed against each other by a softmax between them."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, 2 * channels, 3, padding=1, groups=2)
+        self.conv = nn.Conv2d(channels, 2 * channels, 3, padding=1, groups=2 - channels % 2)
         self.reduce, self.expand = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, 2 * channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
