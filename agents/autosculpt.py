@@ -3,9 +3,10 @@
 Jing et al. 2024, arXiv 2412.18091. From the paper: a GATv2 encoder with 8 heads and mean pooling over the model graph,
 a pattern embedding, PPO with clip 0.2, accuracy rewarded inside 5 % of the budget. Ours: real node and edge features,
 logits as a score of (node, graph, pattern) embeddings so that one policy serves any model, an action wall instead of
-missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), and three ways to spend few evaluations:
+missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), and four ways to spend few evaluations:
 
-- the policy warms up in imagination, on episodes judged by the error table, before the first trial;
+- the policy comes trained (`benchmarks/pretrain.py`: random small networks, machines and budgets, in imagination);
+- it warms up in imagination, on episodes judged by the error table, before the first trial;
 - later episodes are judged by a belief that every record corrects; plans already evaluated count as they were;
 - each round evaluates the most promising of the policy's own plans, its greedy decode, and plans bred in imagination:
   generation by generation the policy decides a few sites of the most promising ones anew, once from all that is known
@@ -14,6 +15,7 @@ missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,17 +24,22 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
 
 from graphprune.agents.belief import Belief
-from graphprune.agents.encoder import PairPolicy
+from graphprune.agents.encoder import ALL, PairPolicy, Sight
 from graphprune.agents.episodes import Episodes
-from graphprune.agents.policies import Learner, Weights, adopt, weights_of
+from graphprune.agents.policies import Learner, Weights, adopt, read_policy, weights_of
 from graphprune.environment import Observer, reward
 from graphprune.problem import Choices, Problem
 from graphprune.randomness import seeded
 
 EPISODES = 64
 """Episodes per PPO update."""
+SHIPPED = Path(__file__).with_suffix(".safetensors")
+"""What `benchmarks/pretrain.py` made."""
+PRETRAINED = "pretrained"
 WARM_UP = (10, 1.5, 40)
 """Updates in imagination before the first trial: at least, per site, at most."""
+REFRESH = (4, 0.3, 10)
+"""The same for the shipped policy."""
 ROUNDS = 16
 """The trials are spent in about this many rounds, one PPO update each."""
 STALLS = 4
@@ -41,6 +48,8 @@ EXPLORATION = 1.0
 """Standard deviations added to the believed reward when candidates are ranked (an upper confidence bound)."""
 GENERATIONS = 12
 """How often a round's most promising plans are varied before any of them is evaluated."""
+FIRST_GENERATIONS = 40
+"""The same for the very first plan, of which nothing but the error table tells."""
 ELITES = 16
 """How many of them live on from generation to generation."""
 CURIOSITY = 0.5
@@ -82,19 +91,48 @@ def promise(belief: Belief, plans: Vectors) -> NDArray[np.float64]:
     return bound
 
 
+def fits(weights: Weights, problem: Problem) -> bool:
+    """Whether a policy knows graphs with as many features as this one has; those made by hand may have others."""
+    return bool(weights["features_extractor.encoder.embed.weight"].shape[1] == problem.graph.features.shape[1])
+
+
 class AutoSculpt(Learner):
-    """The main agent."""
+    """The main agent.
+
+    `policy` is what it starts from: "pretrained" for the shipped one, the path of a file that `save_policy` wrote, or
+    None for random weights. `sight` takes away parts of what the policy sees, for ablations; the shipped policy was
+    trained with all of it and then is not used.
+    """
 
     name = "autosculpt"
+
+    def __init__(self, policy: str | Path | None = PRETRAINED, sight: Sight = ALL) -> None:
+        super().__init__()
+        self._sight = sight
+        self._shipped = policy == PRETRAINED
+        if policy is not None and not self._shipped:
+            self.load_policy(policy)
+
+    def _start(self, problem: Problem) -> tuple[Weights | None, tuple[int, float, int]]:
+        """The weights to begin with, and how long to warm up.
+
+        Weights that were loaded or are of the last run come first, then the shipped ones where they can be used.
+        """
+        if self._weights is None and self._shipped and self._sight == ALL:
+            shipped = read_policy(SHIPPED)
+            if fits(shipped, problem):
+                return shipped, REFRESH
+        return self._weights, WARM_UP
 
     def run(self, problem: Problem, rng: np.random.Generator) -> None:
         """Search until the trials are spent or no new plan turns up."""
         if (plan := only_plan(problem)) is not None:
             problem.evaluate(plan)
             return
-        search = Search(problem, rng, self._weights)
+        weights, (least, each, most) = self._start(problem)
+        search = Search(problem, rng, weights, self._sight)
         try:
-            search.warm_up(int(np.clip(WARM_UP[1] * len(problem.decisions), WARM_UP[0], WARM_UP[2])))
+            search.warm_up(int(np.clip(each * len(problem.decisions), least, most)))
             search.spend()
         finally:
             self._weights = search.weights()
@@ -103,7 +141,7 @@ class AutoSculpt(Learner):
 class Search:
     """One run: a policy, what it believes, and the plans it has tried."""
 
-    def __init__(self, problem: Problem, rng: np.random.Generator, weights: Weights | None) -> None:
+    def __init__(self, problem: Problem, rng: np.random.Generator, weights: Weights | None, sight: Sight = ALL) -> None:
         self.problem = problem
         self.rng = rng
         self.observer = Observer(problem)
@@ -123,7 +161,7 @@ class Search:
                 gae_lambda=1.0,
                 ent_coef=0.1,
                 clip_range=0.2,
-                policy_kwargs={"problem": problem},
+                policy_kwargs={"problem": problem, "sight": sight},
                 device="cpu",
             )
             self.ppo.set_logger(Logger(None, []))
@@ -158,7 +196,7 @@ class Search:
         """Spend the trials, round by round, until none is left (BudgetSpent) or no new plan turns up."""
         stalls = 0
         undecided = np.full((1, self.observer.sites), -1, dtype=np.int64)
-        self._try(self.decode(undecided, greedy=True), 1)
+        self._try(self.first_plans(), 1)
         while stalls < STALLS:
             self._update()
             own = np.concatenate([self.decode(undecided, greedy=True), self.episodes.finished])
@@ -168,10 +206,21 @@ class Search:
             tried += self._try(np.concatenate([self._breed(known), self._breed(wild)]), self.per_round - tried)
             stalls = 0 if tried else stalls + 1
 
-    def _breed(self, plans: Vectors) -> Vectors:
+    def first_plans(self) -> Vectors:
+        """What to try first: the policy's own plans, and what is bred from them while nothing else is known."""
+        own = self.own_plans()
+        return np.concatenate([own, self._breed(own, FIRST_GENERATIONS)])
+
+    def own_plans(self) -> Vectors:
+        """The policy's greedy plan, then what it draws."""
+        undecided = np.full((EPISODES, self.observer.sites), -1, dtype=np.int64)
+        draws = self.decode(undecided, greedy=False, curiosity=0.0)
+        return np.concatenate([self.decode(undecided[:1], greedy=True), draws])
+
+    def _breed(self, plans: Vectors, generations: int = GENERATIONS) -> Vectors:
         """What becomes of some plans if, believed to be good, they are varied: [M, sites]."""
         bred = pool = np.unique(plans, axis=0)
-        for _ in range(GENERATIONS):
+        for _ in range(generations):
             pool = pool[np.argsort(-promise(self.belief, pool), kind="stable")[:ELITES]]
             pool = np.unique(np.concatenate([pool, self.decode(self._opened(pool), greedy=False)]), axis=0)
             bred = np.concatenate([bred, pool])

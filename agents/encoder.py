@@ -6,6 +6,7 @@ GATv2: Brody, Alon, Yahav, ICLR 2022 (arXiv 2105.14491).
 
 import warnings
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from graphprune.environment import OPTION_FEATURES, STATE_FEATURES
 from graphprune.problem import GraphView, Option, Problem
+from graphprune.views import CURVE, VIEW_FEATURES
 
 with warnings.catch_warnings():  # torch-geometric scripts a class while it is imported, which torch 2.15 deprecates
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=Warning)
@@ -31,6 +33,29 @@ KINDS = 8
 EDGE_TYPES = 3
 """Data flow, the same edge backwards, coupling (which has no direction)."""
 PATTERN_FEATURES = 9 + 4 + KINDS
+PATTERN_ERROR = 9 + 2
+OPTION_ERRORS = (0, 1, 4)
+STATE_ERRORS = (3,)
+"""The columns that speak of errors: of the pattern features, and of an observation's `options` and `state`."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a policy sees of a problem; each False takes one thing away, to measure what it is worth.
+
+    `nodes`: the features of the graph's nodes; else random numbers in their place, as in AutoSculpt's published code.
+    `patterns`: the embedding of the options; else they differ by what they would add and save here alone. `graph`: the
+    other nodes; else only the current site's own, through an MLP of the same depth. `errors`: the error curves of the
+    nodes and all else that the error table says of options and plans (what an episode is worth, it still says).
+    """
+
+    nodes: bool = True
+    patterns: bool = True
+    graph: bool = True
+    errors: bool = True
+
+
+ALL = Sight()
 
 
 def pattern_features(kind: str, option: Option) -> list[float]:
@@ -66,6 +91,17 @@ def typed_edges(graph: GraphView) -> tuple[Tensor, Tensor]:
     return both, nn.functional.one_hot(kinds, EDGE_TYPES).float()
 
 
+def node_table(problem: Problem, sight: Sight) -> Tensor:
+    """Features of the graph's nodes as far as they are seen: [nodes, F]."""
+    features = torch.from_numpy(problem.graph.features).float()
+    if not sight.nodes:
+        return torch.randn(features.shape)
+    if not sight.errors and features.shape[1] == len(VIEW_FEATURES):
+        features = features.clone()
+        features[:, -CURVE:] = 0
+    return features
+
+
 class GraphEncoder(nn.Module):
     """GATv2 layers with residuals and norms: node features [nodes, F] to embeddings [nodes, WIDTH]."""
 
@@ -92,15 +128,21 @@ class PairScorer(BaseFeaturesExtractor):  # type: ignore[misc]
     once per observation.
     """
 
-    def __init__(self, observation_space: spaces.Dict, problem: Problem) -> None:
+    def __init__(self, observation_space: spaces.Dict, problem: Problem, sight: Sight = ALL) -> None:
         self.options = int(observation_space["options"].shape[0])
         super().__init__(observation_space, self.options + 1)
         edges, kinds = typed_edges(problem.graph)
+        patterns = pattern_table(problem)
+        if not sight.errors:
+            patterns[:, :, PATTERN_ERROR] = 0
         static = {
-            "nodes": torch.from_numpy(problem.graph.features).float(),
-            "edges": edges,
-            "kinds": kinds,
-            "patterns": pattern_table(problem),
+            "nodes": node_table(problem, sight),
+            "edges": edges if sight.graph else edges[:, :0],
+            "kinds": kinds if sight.graph else kinds[:0],
+            "patterns": patterns if sight.patterns else torch.zeros_like(patterns),
+            "seen_options": _seen(OPTION_FEATURES, OPTION_ERRORS, sight),
+            "seen_state": _seen(STATE_FEATURES, STATE_ERRORS, sight),
+            "pooling": torch.tensor(float(sight.graph)),
             "node_of": torch.tensor([decision.node for decision in problem.decisions]),
         }
         for name, value in static.items():
@@ -124,9 +166,10 @@ class PairScorer(BaseFeaturesExtractor):  # type: ignore[misc]
         decided = observations["decided"].long()
         taken = patterns[torch.arange(decided.shape[1]), decided.clamp(min=0)]
         summary = (taken * (decided >= 0)[:, :, None]).mean(dim=1)
-        pooled = nodes.mean(dim=0).expand(len(site), WIDTH)
-        context = self.context(torch.cat([nodes[self.node_of[site]], pooled, summary, observations["state"]], dim=1))
-        pairs = patterns[site] + self.situation(observations["options"]) + context[:, None, :]
+        pooled = (self.pooling * nodes.mean(dim=0)).expand(len(site), WIDTH)
+        state = observations["state"] * self.seen_state
+        context = self.context(torch.cat([nodes[self.node_of[site]], pooled, summary, state], dim=1))
+        pairs = patterns[site] + self.situation(observations["options"] * self.seen_options) + context[:, None, :]
         return torch.cat([self.logit(self.score(pairs))[:, :, 0], self.value(context)], dim=1)
 
     def _static(self) -> tuple[Tensor, Tensor]:
@@ -141,6 +184,14 @@ class PairScorer(BaseFeaturesExtractor):  # type: ignore[misc]
 
     def _embed(self) -> tuple[Tensor, Tensor]:
         return self.encoder(self.nodes, self.edges, self.kinds), self.pattern(self.patterns)
+
+
+def _seen(size: int, errors: tuple[int, ...], sight: Sight) -> Tensor:
+    """1 for each of the columns that are seen, else 0: [size]."""
+    mask = torch.ones(size)
+    if not sight.errors:
+        mask[list(errors)] = 0
+    return mask
 
 
 class Split(nn.Module):
@@ -162,9 +213,12 @@ class Split(nn.Module):
 class PairPolicy(MaskableActorCriticPolicy):  # type: ignore[misc]
     """A maskable actor-critic whose logits and value all come from a `PairScorer`; nothing is added behind it."""
 
-    def __init__(self, *args: Any, problem: Problem, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, problem: Problem, sight: Sight = ALL, **kwargs: Any) -> None:
         super().__init__(
-            *args, features_extractor_class=PairScorer, features_extractor_kwargs={"problem": problem}, **kwargs
+            *args,
+            features_extractor_class=PairScorer,
+            features_extractor_kwargs={"problem": problem, "sight": sight},
+            **kwargs,
         )
 
     def _build(self, lr_schedule: Schedule) -> None:

@@ -25,10 +25,16 @@ class Learner:
 
     def load_policy(self, path: str | Path) -> None:
         """Read weights that `save_policy` wrote. Raises InputError if the file is not such a policy."""
-        try:
-            self._weights = load(Path(path).read_bytes())  # not mapped: the file may change under a run
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot read a policy from {path}: {error}") from None
+        self._weights = read_policy(path)
+
+
+def read_policy(path: str | Path) -> Weights:
+    """Weights from a file. Raises InputError if it is no safetensors file."""
+    try:
+        weights: Weights = load(Path(path).read_bytes())  # not mapped: the file may change under a run
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read a policy from {path}: {error}") from None
+    return weights
 
 
 def weights_of(policy: nn.Module) -> Weights:

@@ -7,6 +7,8 @@ target is half of the dense latency. All agents of a model share one study, so t
 correction, and a plan that two of them find is judged once. What counts is the validation accuracy of the best plan so
 far that meets the target (by prediction and, where it was measured, by measurement); the last column is the latency of
 the plan that each search returned, measured in a process of its own. No test set is read, nothing is fine-tuned.
+`autosculpt:scratch` starts without the pretrained policy; so do its ablations, each without one thing that it sees:
+`autosculpt:random-nodes`, `autosculpt:no-patterns`, `autosculpt:no-gnn`, `autosculpt:no-errors`.
 
 Resumable: a finished search is a line in WORK/convergence.jsonl, a killed one goes on from its study. Writes
 `results/convergence-<engine>-1t-<processor>.json` (every trial) and `.png`.
@@ -27,6 +29,10 @@ from matplotlib.figure import Figure
 
 import graphprune as gp
 from graphprune import models
+from graphprune.agents import create
+from graphprune.agents.autosculpt import AutoSculpt
+from graphprune.agents.base import Agent
+from graphprune.agents.encoder import Sight
 from graphprune.machine import environment
 from graphprune.record import Record
 
@@ -34,6 +40,14 @@ LATENCY = 0.5
 MARKS = (10, 25, 50, 100, 200)
 """Numbers of trials in the table."""
 COLOURS = {"autosculpt": "#0072b2", "dp": "#d55e00", "random": "#777777", "uniform": "#009e73", "magnitude": "#cc79a7"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "autosculpt:scratch": {"policy": None},
+    "autosculpt:random-nodes": {"policy": None, "sight": Sight(nodes=False)},
+    "autosculpt:no-patterns": {"policy": None, "sight": Sight(patterns=False)},
+    "autosculpt:no-gnn": {"policy": None, "sight": Sight(graph=False)},
+    "autosculpt:no-errors": {"policy": None, "sight": Sight(errors=False)},
+}
+"""Settings of the main agent, by the name that goes into tables and studies."""
 Line = dict[str, Any]
 """One search: model, agent, seed, trials, `accuracy` of each trial (None where it missed the target or failed), ..."""
 
@@ -51,14 +65,24 @@ def arguments() -> argparse.Namespace:
     return made.parse_args()
 
 
+def agent_named(name: str) -> Agent:
+    """A new agent, or a variant of the main one."""
+    if name not in VARIANTS:
+        return create(name)
+    variant = AutoSculpt(**VARIANTS[name])
+    variant.name = name
+    return variant
+
+
 def search(model: str, agent: str, seed: int, options: argparse.Namespace) -> Line:
     """One search, from its study where it was begun before."""
     task = gp.Task.load(f"cifar10:{options.data}", batch_size=128)
     dense = models.create(f"cifar:{model}", options.weights / f"cifar10_{model}.safetensors")
     start = time.perf_counter()
     found = gp.search(
-        dense, task, gp.Target(latency=LATENCY), agent, options.trials, seed, study=options.work / f"{model}.db"
-    )
+        dense, task, gp.Target(latency=LATENCY), agent_named(agent), options.trials, seed,
+        study=options.work / f"{model}.db",
+    )  # fmt: skip
     measured = found.record.measured
     assert measured is not None
     return {
@@ -89,12 +113,12 @@ def table(lines: Sequence[Line]) -> str:
     """What is printed at the end: mean over seeds (and the range)."""
     trials = lines[0]["trials"]
     marks = [mark for mark in MARKS if mark <= trials]
-    text = [f"{'model':10} {'agent':12}" + "".join(f"{f'after {mark}':>22}" for mark in marks) + "   returned at"]
+    text = [f"{'model':10} {'agent':24}" + "".join(f"{f'after {mark}':>22}" for mark in marks) + "   returned at"]
     for model, agent in dict.fromkeys((line["model"], line["agent"]) for line in lines):
         own = [line for line in lines if (line["model"], line["agent"]) == (model, agent)]
         cells = [_spread([curve(line)[mark - 1] for line in own]) for mark in marks]
         shares = ", ".join(f"{line['latency'][0]:.3f}" for line in own)
-        text.append(f"{model:10} {agent:12}" + "".join(f"{cell:>22}" for cell in cells) + f"   {shares}")
+        text.append(f"{model:10} {agent:24}" + "".join(f"{cell:>22}" for cell in cells) + f"   {shares}")
     return "\n".join(text)
 
 

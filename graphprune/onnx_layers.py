@@ -165,7 +165,7 @@ def _batch_norm(call: OnnxCall) -> Tensor | tuple[Tensor, ...]:
 
 @onnx_operator("Col2Im")
 def _col2im(call: OnnxCall) -> Tensor:
-    image, kernel = call.ints(1), call.ints(2)
+    image, kernel = tuple(call.ints(1)), tuple(call.ints(2))
     pads = call.attribute("pads", [0, 0, 0, 0])
     if len(image) != 2 or pads[:2] != pads[2:]:
         raise InputError("Col2Im with other than two axes, padded alike on both sides, is not supported")
