@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import result_file
+from equal_latency import first_images
 
 import graphprune as gp
 from graphprune import models
@@ -37,13 +37,6 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--agents", default="uniform,magnitude,dp,autosculpt")
     made.add_argument("--work", type=Path, default=Path("first_plan_work"), help="folder for studies")
     return made.parse_args()
-
-
-def fewer_images(task: gp.Task) -> gp.Task:
-    """The task with its first `IMAGES` validation images."""
-    inputs = torch.cat([images for images, _ in task.validation])[:IMAGES]
-    targets = torch.cat([labels for _, labels in task.validation])[:IMAGES]
-    return replace(task, validation=tuple(zip(inputs.split(125), targets.split(125), strict=True)))
 
 
 def first_plan(model: str, agent: str, task: gp.Task, options: argparse.Namespace) -> Line:
@@ -68,7 +61,8 @@ def main() -> None:
     """All agents on all models; the results of other models in the file are kept."""
     options = arguments()
     options.work.mkdir(parents=True, exist_ok=True)
-    task = fewer_images(gp.Task.load(f"cifar10:{options.data}", batch_size=128))
+    whole = gp.Task.load(f"cifar10:{options.data}", batch_size=128)
+    task = replace(whole, validation=tuple(first_images(whole.validation, IMAGES)))
     path = result_file("first_plan")
     lines: list[Line] = json.loads(path.read_text())["plans"] if path.exists() else []
     for model in options.models.split(","):

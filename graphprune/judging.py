@@ -25,7 +25,7 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Asking:
-    """`piece` images at a time, `threads` within an operator; `names` are the inputs of the files."""
+    """`piece` images at a time, `threads` within an operator; `name` is the input of the files."""
 
     name: str
     piece: int

@@ -13,19 +13,13 @@ from graphprune.agents.wall import passes
 from graphprune.problem import BudgetSpent, Choices, Factor, Problem, Sum
 from graphprune.record import Record
 from tests.agents.test_wall import every, short_sighted
-from tests.agents.toys import accuracy_of, feasible_plans, problem, with_branch
+from tests.agents.toys import accuracy_of, feasible_plans, problem, watched, with_branch
 
 
 def searched(made: Problem, agent: str = "dp+local", seed: int = 0) -> list[Choices]:
     """Run an agent; the plans in the order in which they were evaluated."""
-    evaluated: list[Choices] = []
     inner = made.evaluator
-
-    def evaluator(choices: Choices) -> Record:
-        evaluated.append(choices)
-        return inner(choices)
-
-    made.evaluator = evaluator
+    evaluated = watched(made)
     with suppress(BudgetSpent):
         create(agent).run(made, np.random.default_rng(seed))
     made.evaluator = inner

@@ -14,9 +14,8 @@ from graphprune.agents.proposals import search
 from graphprune.agents.wall import passes, repaired
 from graphprune.environment import reward
 from graphprune.problem import Choices, Problem
-from graphprune.record import Record
 from tests.agents.test_wall import every
-from tests.agents.toys import problem, with_branch
+from tests.agents.toys import problem, watched, with_branch
 
 
 class Stubborn(BaseSampler):
@@ -44,14 +43,7 @@ class Stubborn(BaseSampler):
 
 def run(made: Problem, wanted: dict[str, int]) -> tuple[list[Choices], Stubborn]:
     """The plans evaluated, and the sampler."""
-    evaluated: list[Choices] = []
-    inner = made.evaluator
-
-    def evaluator(choices: Choices) -> Record:
-        evaluated.append(choices)
-        return inner(choices)
-
-    made.evaluator = evaluator
+    evaluated = watched(made)
     sampler = Stubborn(wanted)
     search(made, np.random.default_rng(0), lambda seed: sampler, [("maximize", reward)])
     return evaluated, sampler

@@ -102,3 +102,16 @@ def accuracy_of(made: Problem, choices: Choices) -> float:
     record = made.evaluator(choices)
     assert record.accuracy is not None
     return record.accuracy
+
+
+def watched(made: Problem) -> list[Choices]:
+    """From now on the evaluator notes here what it is asked for, in order."""
+    asked: list[Choices] = []
+    inner = made.evaluator
+
+    def evaluator(choices: Choices) -> Record:
+        asked.append(choices)
+        return inner(choices)
+
+    made.evaluator = evaluator
+    return asked

@@ -10,21 +10,14 @@ import torch
 from graphprune.agents import AGENTS, create
 from graphprune.problem import BudgetSpent, Choices, Problem, Sum
 from graphprune.record import Record
-from tests.agents.toys import problem, with_branch
+from tests.agents.toys import problem, watched, with_branch
 
 EVERY = sorted(AGENTS)
 
 
 def search(agent: str, made: Problem, seed: int = 0) -> list[Choices]:
     """Run an agent; returns the choice vectors that reached the evaluator."""
-    asked: list[Choices] = []
-    inner = made.evaluator
-
-    def evaluator(choices: Choices) -> Record:
-        asked.append(choices)
-        return inner(choices)
-
-    made.evaluator = evaluator
+    asked = watched(made)
     try:
         create(agent).run(made, np.random.default_rng(seed))
     except BudgetSpent:
