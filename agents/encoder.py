@@ -34,8 +34,8 @@ EDGE_TYPES = 3
 """Data flow, the same edge backwards, coupling (which has no direction)."""
 PATTERN_FEATURES = 9 + 4 + KINDS
 PATTERN_ERROR = 9 + 2
-OPTION_ERRORS = (0, 1, 4)
-STATE_ERRORS = (3,)
+OPTION_ERRORS = (0, 1, 4, 5)
+STATE_ERRORS = (3, 5)
 """The columns that speak of errors: of the pattern features, and of an observation's `options` and `state`."""
 
 

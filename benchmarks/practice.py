@@ -30,6 +30,7 @@ from graphprune.profile import Profile
 from graphprune.randomness import seeded
 from graphprune.registry import chosen_patterns
 from graphprune.search import Session, corrected, latency_cost
+from graphprune.sensitivity import sensitivities
 
 CALIBRATION = 192
 """Images; few, because random networks need no fine scores."""
@@ -204,7 +205,9 @@ def problem(seed: int, model: nn.Module, task: gp.Task) -> Problem:
     """The problem of a network under machine `seed`, with all three costs; its limits mean nothing yet."""
     graph = gp.trace(model, task.example_inputs)
     images = torch.cat(task.calibration)[:CALIBRATION]
-    candidates = Candidates(graph, Machine(seed), chosen_patterns(None), calibrate(graph, images.split(64)))
+    statistics = calibrate(graph, images.split(64))
+    statistics.weights = sensitivities(graph, statistics, images.split(64))
+    candidates = Candidates(graph, Machine(seed), chosen_patterns(None), statistics)
     candidates.collect()
     counts = count(model, task.example_inputs)
     saving = float(np.random.default_rng([seed, 3]).uniform(0.75, 1.0))  # as whole models correct a search's latency

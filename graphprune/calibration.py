@@ -57,7 +57,8 @@ class Statistics(dict[str, Moments]):
     `branches` holds, by the node of its addition, E|branch|^2 / E|sum|^2 of each residual branch. `scores` holds, by
     the node of an attention product, the sum over images and heads of E[s s^T] [width, width] over pairs of tokens,
     where s_j = q_j k_j is what column j of queries and keys adds to a score, keys around their mean (softmax takes up
-    what all tokens share; masks are not looked at).
+    what all tokens share; masks are not looked at). `weights` says by the same nodes how much an error there matters
+    to the network's output (`graphprune.sensitivity`).
     """
 
     def __init__(
@@ -66,6 +67,11 @@ class Statistics(dict[str, Moments]):
         super().__init__(moments)
         self.branches = dict(branches)
         self.scores = dict(scores or {})
+        self.weights: dict[str, float] = {}
+
+    def weight(self, node: str) -> float:
+        """How much an error at a node counts; 1 where nothing is known, which is the mean of all layers."""
+        return self.weights.get(node, 1.0)
 
 
 def calibrate(

@@ -100,13 +100,14 @@ class Candidates:
         taps = moments.second.shape[-1] // layer.inputs.size
         channels = torch.from_numpy(unit_rows(layer.inputs, site.atom, site.size))
         features = channels[:, :, None] * taps + torch.arange(taps)
-        return Consumer(moments, features.flatten(1))
+        return Consumer(moments, features.flatten(1), self.statistics.weight(layer.node))
 
     def _product(self, site: Site, layer: Layer) -> ScoreProduct | None:
         scores = self.statistics.scores.get(layer.node)
         if scores is None or not self._reads(site, layer):
             return None
-        return ScoreProduct(scores, torch.from_numpy(unit_rows(layer.widths[0], site.atom, site.size)))  # type: ignore[index]
+        columns = torch.from_numpy(unit_rows(layer.widths[0], site.atom, site.size))  # type: ignore[index]
+        return ScoreProduct(scores, columns, self.statistics.weight(layer.node))
 
     # --- tables --------------------------------------------------------------------------------------------------
 
@@ -192,13 +193,15 @@ class Candidates:
         return found
 
     def error(self) -> Sum:
-        """The total relative error of all layers, exact for each layer, added over layers (OBC's independence)."""
+        """The relative errors of all layers, exact for each, weighted by what they do to the output, and added up."""
         factors = self._own_errors()
         for layer in self.graph.layers:
             sites = [number for number in self._touching(layer) if self._matters(self.sites[number], layer)]
             known = layer.node in self.statistics or layer.node in self.statistics.scores
             if known and any(self.sites[number].branch is None for number in sites):
-                factors += self._factors(layer, sites, lambda cuts, layer=layer: self._layer_error(layer, cuts))  # type: ignore[misc]
+                weight = self.statistics.weight(layer.node)
+                for factor in self._factors(layer, sites, lambda cuts, layer=layer: self._layer_error(layer, cuts)):  # type: ignore[misc]
+                    factors.append(Factor(factor.sites, weight * factor.table))
         return _sum(0.0, factors + self._uncalibrated(factors))
 
     def _own_errors(self) -> list[Factor]:

@@ -54,18 +54,24 @@ def _solve(matrix: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor
 
 @dataclass(frozen=True)
 class Consumer:
-    """A dense layer that reads a group: its moments, and the features of each unit [units, features per unit]."""
+    """A dense layer that reads a group: its moments, the features of each unit [units, features per unit], and how much
+    its error counts beside that of others.
+    """
 
     moments: Moments
     features: Tensor
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class ScoreProduct:
-    """An attention product that reads a group: moments [width, width] of its scores, and the columns of each unit."""
+    """An attention product that reads a group: moments [width, width] of its scores, the columns of each unit, and how
+    much its error counts.
+    """
 
     moments: Tensor
     columns: Tensor
+    weight: float = 1.0
 
 
 def score_error(moments: Tensor, gone: Tensor) -> float:
@@ -99,16 +105,16 @@ class _State:
         self.features = consumer.features
         self.inverse = torch.linalg.inv(ridged(moments.matrix)[0])
         self.weight = moments.weight[0].clone()
-        self.energy = max(moments.energy, 1e-30)
+        self.unit = consumer.weight / max(moments.energy, 1e-30)
         self.gone = torch.zeros(len(consumer.features), dtype=torch.bool)
 
     def saliency(self) -> Tensor:
-        """The error that removing each unit alone would add, as a share of the layer's energy."""
+        """The error that removing each unit alone would add, as a weighted share of the layer's energy."""
         scores = torch.full((len(self.features),), torch.inf, dtype=torch.float64)
         left = self.features[~self.gone]
         blocks = self.inverse[left[:, :, None], left[:, None, :]]
         weights = self.weight[:, left].permute(1, 2, 0)
-        scores[~self.gone] = (weights * torch.linalg.solve(blocks, weights)).sum((1, 2)) / self.energy
+        scores[~self.gone] = (weights * torch.linalg.solve(blocks, weights)).sum((1, 2)) * self.unit
         return scores
 
     def remove(self, units: Tensor) -> None:
@@ -127,13 +133,14 @@ class _ScoreState:
 
     def __init__(self, product: ScoreProduct) -> None:
         self.moments, self.columns = product.moments, product.columns
+        self.unit = product.weight / product.moments.sum().clamp_min(1e-30)
         self.gone = torch.zeros(len(product.moments), dtype=torch.bool)
 
     def saliency(self) -> Tensor:
         """The error that removing each unit adds to that of the units that are gone."""
         before = self.moments[self.gone].sum(0)
         blocks = self.moments[self.columns[:, :, None], self.columns[:, None, :]].sum((1, 2))
-        return (blocks + 2 * before[self.columns].sum(1)) / self.moments.sum().clamp_min(1e-30)
+        return (blocks + 2 * before[self.columns].sum(1)) * self.unit
 
     def remove(self, units: Tensor) -> None:
         """Take units out."""

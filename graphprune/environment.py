@@ -1,5 +1,6 @@
 """A problem as a Gymnasium environment: one decision after another, judged once all of them are taken."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
@@ -14,8 +15,8 @@ BAND = 0.05
 """How far a plan may miss its budget before its accuracy no longer counts (AutoSculpt, arXiv 2412.18091)."""
 FAILURE = -1.0
 """The reward of a plan that could not be evaluated, and of an action that the mask forbids."""
-OPTION_FEATURES = 5
-STATE_FEATURES = 5
+OPTION_FEATURES = 6
+STATE_FEATURES = 6
 BOUND = 10.0
 """Features are clipped to this range, so that the observation space is bounded."""
 Observation = dict[str, NDArray[Any]]
@@ -36,10 +37,47 @@ def reward(problem: Problem, record: Record, choices: tuple[int, ...]) -> float:
     return max(FAILURE, accuracy - max(0.0, overrun - 1))
 
 
+class Prices:
+    """What saving one more unit of overrun costs in error, where the sites that are left have to save it.
+
+    Of each site alone, the others dense, the convex hull of its options is a row of steps, each with what it saves and
+    at which rate (error added / overrun saved). If the sites that are left take the cheapest steps first, the price is
+    the rate of the step at which enough is saved: the multiplier of the knapsack's linear relaxation (Dantzig 1957).
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        steps = [(site, *step) for site in range(len(problem.decisions)) for step in _hull(problem, site)]
+        sites, saved, rates = np.array(sorted(steps, key=lambda step: step[2]), dtype=np.float64).reshape(-1, 3).T
+        self._rates = [rates[sites >= site] for site in range(len(problem.decisions))]
+        self._totals = [saved[sites >= site].cumsum() for site in range(len(problem.decisions))]
+
+    def __call__(self, needed: NDArray[np.float64], site: int) -> NDArray[np.float64]:
+        """The prices [N] at which `site` and those after it would save what is `needed` [N]: 0 where nothing is."""
+        if site >= len(self._rates) or not len(self._rates[site]):
+            return np.zeros(len(needed))
+        steps = np.searchsorted(self._totals[site], needed).clip(max=len(self._rates[site]) - 1)
+        return np.where(needed > 0, self._rates[site][steps], 0.0)
+
+
+def _hull(problem: Problem, site: int) -> Iterator[tuple[float, float]]:
+    """The steps (saved, rate) down the lower convex hull of a site's options, rates rising."""
+    dense = np.array([problem.dense], dtype=np.int64)
+    overruns = problem.sweep_overruns(dense, site)[0]
+    errors = problem.error.sweep(dense, site, len(overruns))[0]
+    saved, added = overruns[0] - overruns, errors - errors[0]
+    here = 0
+    while (further := np.flatnonzero(saved > saved[here] + 1e-12)).size:
+        rates = (added[further] - added[here]) / (saved[further] - saved[here])
+        there = int(further[rates.argmin()])
+        yield float(saved[there] - saved[here]), max(float(rates.min()), 0.0)
+        here = there
+
+
 class Observer:
     """Turns prefixes of choice vectors into observations, many at once.
 
-    All figures are exact values of the problem's tables: what an option adds and saves *given what is decided*.
+    All figures but the price are exact values of the problem's tables: what an option adds and saves *given what is
+    decided*.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -51,6 +89,7 @@ class Observer:
         self._base = problem.error(problem.dense)
         self._scale = max(abs(problem.error(problem.cheapest) - self._base), 1e-9)
         self._unit = max(problem.overrun(problem.dense), 1e-9)
+        self._prices = Prices(problem)
 
     @property
     def space(self) -> spaces.Dict:
@@ -69,15 +108,23 @@ class Observer:
         count, site = prefixes.shape
         decided = np.full((count, self.sites), -1, dtype=np.int64)
         decided[:, :site] = prefixes
+        dense = np.where(decided >= 0, decided, self._dense)
+        cheapest = np.where(decided >= 0, decided, self._cheapest)
+        high, low = self.problem.overruns(dense), self.problem.overruns(cheapest)
+        prices = self._prices(high - 1, site) * self._unit / self._scale
         options = np.zeros((count, self.options, OPTION_FEATURES), dtype=np.float32)
         if site < self.sites:
-            values = self._option_features(decided, site)
+            values = self._option_features(dense, cheapest, site, prices)
             options[:, : values.shape[1]] = np.clip(values, -BOUND, BOUND)
+        errors = (self.problem.error.batch(dense) - self._base) / self._scale
+        pressure = np.clip((high - 1) / np.maximum(high - low, 1e-6), 0, 1)
+        progress = np.full(count, site / max(self.sites, 1))
+        state = np.stack([progress, high, low, errors, pressure, np.log(prices + 1e-3) / 3], axis=1)
         return {
             "site": np.full((count, 1), site, dtype=np.int64),
             "decided": decided,
             "options": options,
-            "state": np.clip(self._state_features(decided, site), -BOUND, BOUND).astype(np.float32),
+            "state": np.clip(state, -BOUND, BOUND).astype(np.float32),
         }
 
     def masks(self, prefixes: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -90,11 +137,14 @@ class Observer:
         masks[:, : legal.shape[1]] = legal
         return masks
 
-    def _option_features(self, decided: NDArray[np.int64], site: int) -> NDArray[np.float64]:
-        """[N, options, 5]: error added (twice: log), cost saved, overrun with the rest cheapest, log rate."""
+    def _option_features(
+        self, dense: NDArray[np.int64], cheapest: NDArray[np.int64], site: int, prices: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """[N, options, 6]: error added (twice: log), cost saved, overrun with the rest cheapest, log rate, regret.
+
+        The regret of an option is how much less it is worth than the site's best, at the price of the rest.
+        """
         problem = self.problem
-        dense = np.where(decided >= 0, decided, self._dense)
-        cheapest = np.where(decided >= 0, decided, self._cheapest)
         errors = problem.error.sweep(dense, site, len(problem.decisions[site].options))
         added = (errors - errors[:, :1]) / self._scale * self.sites
         overruns = problem.sweep_overruns(dense, site)
@@ -102,21 +152,15 @@ class Observer:
         reach = problem.sweep_overruns(cheapest, site)
         floor = np.log(np.maximum(added, 0) + 1e-3)
         rate = floor - np.log(np.maximum(saved, 0) + 1e-3)
-        return np.stack([added, floor / 3, saved, reach, rate / 3], axis=2)
-
-    def _state_features(self, decided: NDArray[np.int64], site: int) -> NDArray[np.float64]:
-        """[N, 5]: progress, overrun if the rest is dense or cheapest, error so far, how hard the rest must be cut."""
-        dense = np.where(decided >= 0, decided, self._dense)
-        high = self.problem.overruns(dense)
-        low = self.problem.overruns(np.where(decided >= 0, decided, self._cheapest))
-        errors = (self.problem.error.batch(dense) - self._base) / self._scale
-        pressure = np.clip((high - 1) / np.maximum(high - low, 1e-6), 0, 1)
-        progress = np.full(len(decided), site / max(self.sites, 1))
-        return np.stack([progress, high, low, errors, pressure], axis=1)
+        possible = np.isfinite(saved)
+        gained = prices[:, None] * np.where(possible, saved, 0.0)
+        worth = np.where(possible, gained - added, -np.inf)
+        regret = (worth.max(axis=1, keepdims=True) - worth) / (gained.max(axis=1, keepdims=True) + 1e-3)
+        return np.stack([added, floor / 3, saved, reach, rate / 3, regret], axis=2)
 
 
 class PruningEnv(gymnasium.Env[Observation, np.int64]):  # type: ignore[misc]
-    """One pruning decision per site of a problem; version 1.
+    """One pruning decision per site of a problem; version 2.
 
     ## Description
     The agent walks the sites of a model in order and picks an option for each. When the last one is decided the plan
@@ -129,7 +173,8 @@ class PruningEnv(gymnasium.Env[Observation, np.int64]):  # type: ignore[misc]
 
     ## Observation Space
     A `Dict`: `site` [1] is the site to decide, `decided` [sites] the options taken so far (-1: none yet), `options`
-    [n, 5] and `state` [5] are exact values of the error and cost tables given what is decided (see `Observer`). The
+    [n, 6] and `state` [6] are values of the error and cost tables given what is decided (see `Observer`): what each
+    option adds, saves and leaves, how far the plan is, and the price of what the rest has to save (see `Prices`). The
     model graph never changes, so it is not repeated in each observation: it is `problem.graph`.
 
     ## Rewards
@@ -146,7 +191,7 @@ class PruningEnv(gymnasium.Env[Observation, np.int64]):  # type: ignore[misc]
     `problem`: the problem to solve.
 
     ## Version History
-    1: first version.
+    1: first version. 2: prices and regrets.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own declaration)

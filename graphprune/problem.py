@@ -24,8 +24,9 @@ ROUNDING = 1e-9
 class Option:
     """One thing that may be done at a site.
 
-    `error` is the relative error this option alone causes (0 for dense; the sum over affected layers of the exact
-    least-squares error, as a share of each layer's output energy). `gain` is dense time / time of the site's layers.
+    `error` is the error this option alone causes (0 for dense; the sum over affected layers of the exact least-squares
+    error, as a share of each layer's output energy, weighted by what an error there does to the network's output).
+    `gain` is dense time / time of the site's layers.
     """
 
     pattern: str

@@ -37,6 +37,7 @@ from graphprune.registry import chosen_patterns
 from graphprune.repair import make_reference
 from graphprune.result import Result
 from graphprune.routes import Route
+from graphprune.sensitivity import sensitivities
 from graphprune.study import Study, label
 from graphprune.surgery import remember
 from graphprune.target import Target
@@ -140,6 +141,7 @@ class Session:
         )  # fmt: skip
         progress("trace", 1, 1, f"{len(graph.nodes)} operators, {len(graph.all_sites)} sites")
         statistics = calibrate(graph, task.calibration, lambda done, total: progress("calibrate", done, total, ""))
+        statistics.weights = sensitivities(graph, statistics, task.calibration)
         profile = Profile(engine)
         candidates = Candidates(graph, profile, allowed, statistics)
         candidates.collect(lambda done, total: progress("profile", done, total, "operators"))

@@ -1,0 +1,185 @@
+"""What the error of a layer does to the network's output: the weights with which errors of layers are added up.
+
+A relative error of 10 % is nothing in one layer and the end of the network in another. So every layer gets a few
+typical errors, those that the least-squares solution leaves when half of its channels or all but the middle of its
+kernel is cut, and one backward pass of random projections v of the outputs tells to first order how large an error of
+the output each of them is: E[(v . J d)^2] = |J d|^2 for v ~ N(0, 1) (Hutchinson 1989). Taking the error itself and
+not noise of its size matters: errors are alike at neighbouring pixels, which pooling does not average out.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from graphprune.calibration import Moments, Statistics, score_node
+from graphprune.compensation import score_error, solve
+from graphprune.exported import plain_module
+from graphprune.graph import Layer, ModelGraph
+from graphprune.operators import Convolution
+
+IMAGES = 128
+POWER = 0.75
+"""The weights are raised to it: layers that come later are solved again and take up a part of what reaches them, so
+first order says too much (`benchmarks/sensitivity.py`)."""
+LARGEST_PASS = 2**27
+"""Elements of all activations of one pass: the batches are smaller where a model is large."""
+Call = tuple[fx.Node, tuple[Any, ...], dict[str, Any], Tensor]
+"""A node with its arguments and its value."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A typical error of the layer or branch `name`: its relative size, and the error itself at a call of its node."""
+
+    name: str
+    error: float
+    difference: Callable[[Call], Tensor]
+
+
+def sensitivities(graph: ModelGraph, statistics: Statistics, batches: Sequence[Tensor]) -> dict[str, float]:
+    """By the node of a layer, or of a residual addition, how much a relative error of 1 there changes the output.
+
+    The mean over the layers is 1. `batches` are input batches [N, ...], of which the first `IMAGES` images are used.
+    Empty where the network cannot be differentiated (integers as input, an operator without a gradient).
+    """
+    images = torch.cat(list(batches[: -(-IMAGES // len(batches[0]))]))[:IMAGES]
+    probes = list(_probes(graph, statistics))
+    if not probes or not images.is_floating_point():
+        return {}
+    at: dict[str, list[Probe]] = defaultdict(list)
+    for node, probe in probes:
+        at[node].append(probe)
+    prober = _Prober(plain_module(graph.exported).eval(), at)
+    each = sum(prod(node.shape) for node in graph.nodes)
+    with suppress(RuntimeError, NotImplementedError):  # what torch raises where there is no gradient
+        for part in images.split(max(1, LARGEST_PASS // max(each, 1))):
+            prober.probe(part)
+        return _weights(prober.caused, [probe for _, probe in probes], {layer.node for layer in graph.layers})
+    return {}
+
+
+def _weights(caused: Mapping[str, float], probes: Sequence[Probe], layers: set[str]) -> dict[str, float]:
+    known: dict[str, float] = defaultdict(float)
+    for probe in probes:
+        known[probe.name] += probe.error
+    raised = {name: (max(caused[name], 0.0) / error) ** POWER for name, error in known.items() if error > 0}
+    of_layers = [value for name, value in raised.items() if name in layers]
+    mean = sum(of_layers) / max(len(of_layers), 1)
+    return {name: value / mean for name, value in raised.items()} if mean else {}
+
+
+# --- typical errors ------------------------------------------------------------------------------------------------
+
+
+def _probes(graph: ModelGraph, statistics: Statistics) -> Iterator[tuple[str, Probe]]:
+    """The typical errors, and the node that each is seen at."""
+    for layer in graph.layers:
+        if layer.node in statistics:
+            moments = statistics[layer.node]
+            yield from ((layer.node, _weight_probe(layer.node, moments, kept)) for kept in typical(layer, moments))
+        if layer.node in statistics.scores:
+            yield score_node(graph, layer), _score_probe(layer.node, statistics.scores[layer.node])
+    for branch in graph.branches:
+        share = statistics.branches.get(branch.node, 0.0)
+        yield branch.node, Probe(branch.node, share, _branch(branch.skip))
+
+
+def typical(layer: Layer, moments: Moments) -> Iterator[Tensor]:
+    """Features that a cut may leave: the larger half of the channels; the middle column and row of the kernel."""
+    kernel = layer.operator.kernel if isinstance(layer.operator, Convolution) else (1, 1)
+    energy = moments.weight.square().sum((0, 1)) * torch.diagonal(moments.second, dim1=1, dim2=2).sum(0)
+    features = torch.arange(len(energy)).reshape(-1, *kernel)
+    if len(features) > 1:
+        strongest = energy.reshape(len(features), -1).sum(1).argsort(descending=True)[: len(features) // 2]
+        yield features[strongest.sort().values].reshape(-1)
+    if kernel[1] > 1:
+        yield features[:, :, kernel[1] // 2].reshape(-1)
+    if kernel[0] > 1:
+        yield features[:, kernel[0] // 2].reshape(-1)
+
+
+def _weight_probe(name: str, moments: Moments, kept: Tensor) -> Probe:
+    best, error = solve(moments, kept)
+    change = -moments.weight
+    change[..., kept] += best
+    shift = -(change @ moments.mean[..., None]).reshape(-1) if moments.free_mean else None
+
+    def difference(call: Call) -> Tensor:
+        node, (source, weight, *rest), _, _ = call
+        changed, shifted = (
+            change.reshape(weight.shape).to(source.dtype),
+            None if shift is None else shift.to(source.dtype),
+        )
+        value: Tensor = node.target(source, changed, shifted, *rest[1:])  # type: ignore[operator]
+        return value
+
+    return Probe(name, error, difference)
+
+
+def _score_probe(name: str, moments: Tensor) -> Probe:
+    """Without the weaker half of the columns of queries and keys."""
+    gone = torch.zeros(len(moments), dtype=torch.bool)
+    gone[torch.diagonal(moments).argsort()[: len(moments) // 2]] = True
+
+    def difference(call: Call) -> Tensor:
+        node, (query, *rest), named, value = call
+        cut: Tensor = node.target(query * ~gone, *rest, **named)  # type: ignore[operator]
+        return cut - value
+
+    return Probe(name, score_error(moments, gone), difference)
+
+
+def _branch(skip: str) -> Callable[[Call], Tensor]:
+    """What a residual branch adds."""
+
+    def difference(call: Call) -> Tensor:
+        node, (first, second, *_), _, _ = call
+        branch: Tensor = second if node.args[0].name == skip else first  # type: ignore[union-attr]
+        return branch
+
+    return difference
+
+
+class _Prober(fx.Interpreter):
+    """Runs the exported graph forwards and backwards, and adds up what the typical errors do to the outputs."""
+
+    def __init__(self, module: fx.GraphModule, probes: Mapping[str, Sequence[Probe]]) -> None:
+        super().__init__(module)
+        self.probes = probes
+        self.caused: dict[str, float] = defaultdict(float)
+        self.random = torch.Generator().manual_seed(0)
+        self.images = 0
+
+    def probe(self, images: Tensor) -> None:
+        """One pass over images [N, ...]."""
+        self.images = len(images)
+        with torch.enable_grad():
+            source = images.detach().requires_grad_()
+            outputs = [x for x in tree_leaves(self.run(source)) if isinstance(x, Tensor) and x.requires_grad]
+            drawn = [torch.randn(x.shape, generator=self.random).to(x) / _size(x) for x in outputs]
+            torch.autograd.grad(outputs, source, drawn)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        for probe in self.probes.get(n.name, ()):
+            arguments, named = self.fetch_args_kwargs_from_env(n)
+            with torch.no_grad():
+                difference = probe.difference((n, arguments, named, value))
+            value.register_hook(lambda gradient, name=probe.name, d=difference: self._add(name, gradient, d))
+        return value
+
+    def _add(self, name: str, gradient: Tensor, difference: Tensor) -> None:
+        products = (gradient * difference).reshape(self.images, -1).sum(1, dtype=torch.float64)
+        self.caused[name] += float(products.square().sum())
+
+
+def _size(output: Tensor) -> Tensor:
+    """The root mean square of an output, so that several count alike."""
+    return output.detach().square().mean().sqrt().clamp_min(1e-12)

@@ -1,0 +1,152 @@
+"""What an error does to the output, against the network run with that error."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from graphprune import sensitivity
+from graphprune.calibration import calibrate
+from graphprune.exported import plain_module
+from graphprune.graph import ModelGraph
+from graphprune.sensitivity import POWER, Probe, sensitivities
+from graphprune.tracing import trace
+from tests.graphprune import tiny
+from tests.graphprune.networks import Attention, Chain, SqueezeExcite, group_norm, images, tokens, vgg
+from tests.graphprune.oracle import scramble
+
+COPIES = 3000
+SMALL = 1e-6
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "in place, flattened": (vgg, images(8)[0]),
+    "norms of groups": (group_norm, images(8)[0]),
+    "branch, dilation, no biases": (Chain, images(8)[0]),
+    "depthwise, gate": (SqueezeExcite, images(6)[0]),
+    "attention": (lambda: Attention(True, True), tokens()[0]),
+    "attention spelled out": (lambda: Attention(True, False), tokens()[0]),
+}
+
+
+class Erring(fx.Interpreter):
+    """Runs a graph with a small part of one typical error added at its node."""
+
+    def __init__(self, module: fx.GraphModule, node: str, probe: Probe) -> None:
+        super().__init__(module)
+        self.node = node
+        self.probe = probe
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name != self.node:
+            return value
+        arguments, named = self.fetch_args_kwargs_from_env(n)
+        return value + SMALL * self.probe.difference((n, arguments, named, value))
+
+
+def caused(graph: ModelGraph, node: str, probe: Probe, x: Tensor) -> float:
+    """The squared difference of the outputs, summed over images [N], for an error of size one."""
+    module = plain_module(graph.exported).eval()
+    with torch.no_grad():
+        (dense,), (wrong,) = map(tree_leaves, (module(x), Erring(module, node, probe).run(x)))
+    return float(((wrong - dense) / SMALL).square().sum() / dense.square().mean())
+
+
+def known(name: str) -> tuple[ModelGraph, Any, Tensor]:
+    """A scrambled network in float64, its statistics, and its two images."""
+    build, x = NETWORKS[name]
+    model, x = scramble(build()), x.double()
+    graph = trace(model, x)
+    return graph, calibrate(graph, [x]), x
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_against_networks_that_really_err(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random projections of many copies of the images add up to the squared norm that each error really causes."""
+    graph, statistics, x = known(name)
+    monkeypatch.setattr(sensitivity, "IMAGES", COPIES * len(x))
+    found = sensitivities(graph, statistics, [x.repeat(COPIES, *[1] * (x.dim() - 1))])
+    exact: dict[str, list[tuple[float, float]]] = {}
+    for node, probe in sensitivity._probes(graph, statistics):
+        exact.setdefault(probe.name, []).append((caused(graph, node, probe, x), probe.error))
+    expected = {
+        name: (sum(c for c, _ in pairs) / total) ** POWER
+        for name, pairs in exact.items()
+        if (total := sum(error for _, error in pairs)) > 0
+    }
+    assert len(expected) >= 3
+    layers = [expected[layer.node] for layer in graph.layers if layer.node in expected]
+    mean = sum(layers) / len(layers)
+    assert found == pytest.approx({name: value / mean for name, value in expected.items()}, rel=0.15)
+    assert sum(found[layer.node] for layer in graph.layers if layer.node in found) == pytest.approx(len(layers))
+
+
+def test_what_the_output_does_not_see_weighs_nothing() -> None:
+    class Blind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen, self.unseen, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(16, 4)
+            self.head.weight.data[:, 8:] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.seen(x), self.unseen(x)], 1).relu().mean((2, 3)))
+
+    x = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    graph = trace(Blind().eval(), x)
+    found = sensitivities(graph, calibrate(graph, [x]), [x])
+    seen, unseen, _ = (found[layer.node] for layer in graph.layers)
+    assert unseen == 0
+    assert seen > 0
+
+
+def test_images_go_through_in_as_many_passes_as_memory_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, statistics, _ = known("branch, dilation, no biases")
+    x = torch.randn(400, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    passes: list[int] = []
+    inner = sensitivity._Prober.probe
+    monkeypatch.setattr(sensitivity, "IMAGES", 400)
+    monkeypatch.setattr(sensitivity._Prober, "probe", lambda self, part: (passes.append(len(part)), inner(self, part)))
+    whole = sensitivities(graph, statistics, [x])
+    each = sum(int(torch.Size(node.shape).numel()) for node in graph.nodes)
+    monkeypatch.setattr(sensitivity, "LARGEST_PASS", 7 * each + 1)
+    parts = sensitivities(graph, statistics, [*x.split(150)])
+    assert passes == [400, *[7] * 57, 1]
+    assert parts == pytest.approx(whole, rel=0.35)
+
+
+def test_networks_without_a_gradient_weigh_all_alike() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bucketize(self.two(self.one(x).relu()), torch.tensor([0.0]))
+
+    x = torch.randn(4, 3, 8, 8)
+    graph = trace(Steps().eval(), x)
+    statistics = calibrate(graph, [x])
+    statistics.weights = sensitivities(graph, statistics, [x])
+    assert statistics.weights == {}
+    assert statistics.weight(graph.layers[0].node) == 1.0
+
+
+def test_the_table_counts_each_layer_and_branch_by_its_weight() -> None:
+    """Errors add up, so without the weight of one layer just its own are missing; branches bring theirs with them."""
+    graph, statistics, _ = known("branch, dilation, no biases")
+    candidates = tiny.candidates(graph, statistics)
+    plan = [0 if site.branch else len(candidates.drafts[site.name]) - 1 for site in candidates.sites]
+    (dropped,) = ([int(site.branch is not None) for site in candidates.sites],)
+    whole, branch = (candidates.error()(choices) for choices in (plan, dropped))
+    parts = []
+    for node in statistics:
+        statistics.weights = {node: 0.0}
+        parts.append(whole - candidates.error()(plan))
+    assert sum(part > 1e-3 for part in parts) >= 3
+    assert sum(parts) == pytest.approx(whole)
+    statistics.weights = dict.fromkeys([*statistics, *statistics.branches], 3.0)
+    heavier = tiny.candidates(graph, statistics).error()
+    assert branch > 0
+    assert [heavier(plan), heavier(dropped)] == pytest.approx([3 * whole, 3 * branch])
