@@ -1,6 +1,7 @@
 """What an error does to the output, against the network run with that error."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,43 @@ def test_against_networks_that_really_err(name: str, monkeypatch: pytest.MonkeyP
     assert sum(found[layer.node] for layer in graph.layers if layer.node in found) == pytest.approx(len(layers))
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_typical_errors_are_as_large_as_they_say(name: str) -> None:
+    """Of the layer's output energy, around its mean where the mean is free; on few images many are small."""
+    graph, statistics, x = known(name)
+    probes = [(node, probe) for node, probe in sensitivity._probes(graph, statistics) if probe.name in statistics]
+    assert len(probes) >= 3
+    for node, probe in probes:
+        seen: list[Tensor] = []
+
+        def noted(call: Any, probe: Probe = probe, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(probe.difference(call))
+            return seen[-1]
+
+        with torch.no_grad():
+            Erring(plain_module(graph.exported).eval(), node, replace(probe, difference=noted)).run(x)
+        outputs, moments = seen[0].shape[-1 if seen[0].dim() == 3 else 1], statistics[node]
+        energy = float(seen[0].square().sum() / seen[0].numel() * outputs) / moments.energy
+        assert energy == pytest.approx(probe.error, rel=0.05, abs=2e-3)
+    assert sum(0.02 < probe.error < 1 for _, probe in probes) >= 2
+
+
+def test_a_typical_error_of_scores_is_what_they_lose_around_their_mean_over_the_keys() -> None:
+    graph, statistics, x = known("attention spelled out")
+    ((node, probe),) = ((node, p) for node, p in sensitivity._probes(graph, statistics) if p.name in statistics.scores)
+    seen: list[list[Tensor]] = []
+
+    def noted(call: Any) -> Tensor:
+        seen.append([y - y.mean(-1, keepdim=True) for y in (probe.difference(call), call[3])])
+        return call[3]
+
+    with torch.no_grad():
+        Erring(plain_module(graph.exported).eval(), node, replace(probe, difference=noted)).run(x)
+    lost, whole = (float(y.square().sum()) for y in seen[0])
+    assert lost / whole == pytest.approx(probe.error)
+    assert 0 < probe.error < 0.5
+
+
 def test_what_the_output_does_not_see_weighs_nothing() -> None:
     class Blind(nn.Module):
         def __init__(self) -> None:
@@ -96,7 +134,7 @@ def test_what_the_output_does_not_see_weighs_nothing() -> None:
     x = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     graph = trace(Blind().eval(), x)
     found = sensitivities(graph, calibrate(graph, [x]), [x])
-    seen, unseen, _ = (found[layer.node] for layer in graph.layers)
+    seen, unseen = (found[layer.node] for layer in graph.layers[:2])
     assert unseen == 0
     assert seen > 0
 
