@@ -9,8 +9,9 @@ missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), 
 - it warms up in imagination, on episodes judged by the error table, before the first trial;
 - later episodes are judged by a belief that every record corrects; plans already evaluated count as they were;
 - each round evaluates the most promising of the policy's own plans, its greedy decode, and plans bred in imagination:
-  generation by generation the policy decides a few sites of the most promising ones anew, once from all that is known
-  and once from plans drawn at random, because a policy that has made up its mind finds no other way.
+  generation by generation the policy decides a few sites of the most promising ones anew, and two of their sites are
+  set to any other options; once from all that is known and once from plans drawn at random, because a policy that has
+  made up its mind finds no other way.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from graphprune.agents.encoder import ALL, PairPolicy, Sight
 from graphprune.agents.episodes import Episodes
 from graphprune.agents.policies import Learner, Weights, adopt, read_policy, weights_of
 from graphprune.environment import Observer, reward
-from graphprune.problem import Choices, Problem
+from graphprune.problem import ROUNDING, Choices, Problem
 from graphprune.randomness import seeded
 
 EPISODES = 64
@@ -148,6 +149,7 @@ class Search:
         self.belief = Belief(problem)
         self.rewards: dict[Choices, float] = {}
         self.per_round = max(4, problem.trials // ROUNDS)
+        self._sizes = np.array([len(decision.options) for decision in problem.decisions])
         self.episodes = Episodes(self.observer, EPISODES, self.judge)
         with reproducible(rng):
             self.ppo = MaskablePPO(
@@ -222,7 +224,8 @@ class Search:
         bred = pool = np.unique(plans, axis=0)
         for _ in range(generations):
             pool = pool[np.argsort(-promise(self.belief, pool), kind="stable")[:ELITES]]
-            pool = np.unique(np.concatenate([pool, self.decode(self._opened(pool), greedy=False)]), axis=0)
+            varied = [self.decode(self._opened(pool), greedy=False), self._exchanged(pool)]
+            pool = np.unique(np.concatenate([pool, *varied]), axis=0)
             bred = np.concatenate([bred, pool])
         return bred
 
@@ -233,6 +236,15 @@ class Search:
         for anchor in anchors:
             anchor[self.rng.choice(sites, size=min(sites, int(self.rng.integers(1, 4))), replace=False)] = -1
         return anchors
+
+    def _exchanged(self, plans: Vectors) -> Vectors:
+        """Plans drawn from some [M, sites] with one or two sites set to any options, if that meets the target."""
+        varied = plans[self.rng.integers(len(plans), size=4 * EPISODES)]
+        for _ in range(2):
+            sites = self.rng.integers(varied.shape[1], size=len(varied))
+            varied[np.arange(len(varied)), sites] = (self.rng.random(len(varied)) * self._sizes[sites]).astype(np.int64)
+        whole = np.array([self.problem.canonical(plan) for plan in varied.tolist()], dtype=np.int64)
+        return whole[self.problem.overruns(whole) <= 1.0 + ROUNDING]
 
     def decode(self, anchors: Vectors, greedy: bool, curiosity: float = CURIOSITY) -> Vectors:
         """Let the policy decide the open sites (-1) of `anchors` [N, sites]; the wall may overrule an anchor.

@@ -4,7 +4,8 @@
 
 CIFAR-10 ResNets without fine-tuning, at shares of the dense model's measured latency (one thread, batch 1). Plans come
 from dynamic programming over the tables (`--trials` exponents of the errors, chosen on validation images); each is
-judged with the compensation, and without it: sliced weights and batch norms re-estimated on the calibration images.
+judged with the compensation, as finely as a search delivers it, and without it: sliced weights and batch norms
+re-estimated on the calibration images. "unweighted" is all patterns with errors that count alike wherever they are.
 Torch-Pruning (extra `bench`) gets the same latencies, the same re-estimation, and its best test accuracy counts. The
 test set is read once per row. Started again, finished rows are taken from `--work`. Writes
 `results/ablation-<engine>-1t-<processor>.json` and `.png`.
@@ -38,12 +39,13 @@ from graphprune.problem import Choices
 from graphprune.profile import Profile
 from graphprune.record import Share
 from graphprune.registry import chosen_patterns, patterns
-from graphprune.repair import make_reference
+from graphprune.repair import FINE, make_reference
+from graphprune.sensitivity import sensitivities
 
 matplotlib.use("Agg")
 
 SETS: dict[str, tuple[str, ...] | None] = {
-    "filter": ("filter",), "kernel": ("kernel",), "kernel-mix": ("kernel-mix",), "all": None,
+    "filter": ("filter",), "kernel": ("kernel",), "kernel-mix": ("kernel-mix",), "all": None, "unweighted": None,
 }  # fmt: skip
 """Rows -> the patterns that are allowed; None is every registered one."""
 RIVAL = "torch-pruning"
@@ -92,7 +94,8 @@ class Tables:
         if not candidates.sites:
             return None
         problem = judged_by_tables(candidates, 1.0)
-        bench = Workbench(dense.module, dense.graph, make_reference(dense.graph, dense.task.calibration), dense.task)
+        reference = make_reference(dense.graph, dense.task.calibration, FINE)
+        bench = Workbench(dense.module, dense.graph, reference, dense.task)
         bench.probe(candidates.cuts(problem.completions[0]))
         if not bench.route.own_class:
             raise StepError("batch norms can be re-estimated in the module's own class only")
@@ -127,6 +130,13 @@ class Tables:
         return [f"{choice.site}: {choice.pattern} {choice.level}" for choice in plan.choices]
 
 
+def known_of(dense: Dense) -> Statistics:
+    """What calibration tells of a model, as a search has it."""
+    statistics = calibrate(dense.graph, dense.task.calibration)
+    statistics.weights = sensitivities(dense.graph, statistics, dense.task.calibration)
+    return statistics
+
+
 @dataclass(frozen=True)
 class Found:
     """A model within the target, its measured share, and its accuracy on the images that choose."""
@@ -139,7 +149,8 @@ class Found:
 
 def pattern_rows(dense: Dense, method: str, options: argparse.Namespace, statistics: Statistics) -> Iterator[Row]:
     """The rows of one pattern set: at each point without and with compensation."""
-    tables = Tables.build(dense, SETS[method], statistics)
+    alike = Statistics(statistics, statistics.branches, statistics.scores)
+    tables = Tables.build(dense, SETS[method], alike if method == "unweighted" else statistics)
     if tables is None:
         places = [(point, compensated) for point in options.points for compensated in (False, True)]
         yield from (missing(dense, method, compensated, point, "nothing to cut") for point, compensated in places)
@@ -240,7 +251,7 @@ def work(name: str, options: argparse.Namespace, rows: Rows) -> None:
         if method == RIVAL:
             new = rival_rows(dense, options)
         else:
-            statistics = statistics or calibrate(dense.graph, dense.task.calibration)
+            statistics = statistics or known_of(dense)
             new = pattern_rows(dense, method, options, statistics)
         for fresh in new:
             if not rows.has(**{key: fresh[key] for key in ("model", "method", "compensated", "point")}):
@@ -284,7 +295,14 @@ def table(rows: Sequence[Row]) -> str:
 
 # --- picture ----------------------------------------------------------------------------------------------------------
 
-COLOURS = {"filter": "#4c72b0", "kernel": "#dd8452", "kernel-mix": "#8172b3", "all": "#2a7f3f", RIVAL: "#c44e52"}
+COLOURS = {
+    "filter": "#4c72b0",
+    "kernel": "#dd8452",
+    "kernel-mix": "#8172b3",
+    "all": "#2a7f3f",
+    "unweighted": "#937860",
+    RIVAL: "#c44e52",
+}
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:

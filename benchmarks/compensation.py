@@ -18,17 +18,16 @@ from typing import Any
 
 import matplotlib
 import torch
-from ablation import Tables
+from ablation import Tables, known_of
 from common import RESULTS, result_file
 from equal_latency import Dense, Row, Rows
 from torch import Tensor, fx, nn
 
-from graphprune.calibration import calibrate
 from graphprune.cuts import Cuts
 from graphprune.exported import cut_program, plain_module
 from graphprune.graph import Layer
 from graphprune.machine import environment
-from graphprune.repair import IMAGES, PULL, Reference, Solver, make_reference
+from graphprune.repair import FINE, PULL, QUICK, Effort, Reference, Solver, make_reference
 from graphprune.task import Task
 
 matplotlib.use("Agg")
@@ -84,7 +83,7 @@ class Variant:
     """A way to compensate: None for `solver` leaves the sliced weights."""
 
     solver: type[Solver] | None = Solver
-    images: int = IMAGES
+    effort: Effort = QUICK
     pull: float = PULL
     passes: int = 1
 
@@ -95,13 +94,14 @@ VARIANTS: dict[str, Variant] = {
     "least squares on dense inputs": Variant(OnDenseInputs),
     "least squares on pruned inputs (default)": Variant(),
     "default, mean not free": Variant(Uncentred),
-    "default, 64 images": Variant(images=64),
-    "default, 1024 images": Variant(images=1024),
+    "default, 64 images": Variant(effort=Effort(64, QUICK.rows)),
+    "default, 1024 images": Variant(effort=Effort(1024, QUICK.rows)),
+    "1024 images, 4 times the rows (what is delivered)": Variant(effort=FINE),
     "default, pull 1e-4": Variant(pull=1e-4),
     "default, pull 1e-3": Variant(pull=1e-3),
     "default, pull 1e-1": Variant(pull=1e-1),
     "default, two passes": Variant(passes=2),
-    "1024 images, pull 1e-3": Variant(images=1024, pull=1e-3),
+    "delivered, pull 1e-3": Variant(effort=FINE, pull=1e-3),
 }
 
 
@@ -148,12 +148,12 @@ def work(name: str, options: argparse.Namespace, rows: Rows) -> None:
         return
     dense = Dense.load(name, options.weights_dir, options.data)
     dense = replace(dense, task=Task.load(f"cifar10:{options.data}", validation=options.validation))
-    tables = Tables.build(dense, None, calibrate(dense.graph, dense.task.calibration))
+    tables = Tables.build(dense, None, known_of(dense))
     assert tables is not None, "nothing can be cut"
     choices = tables.at(options.limit)
     assert choices is not None, "no plan is so fast"
     cuts, share = tables.candidates.cuts(choices), dense.share(tables.cut(choices), 100, True).value
-    references: dict[int, Reference] = {}
+    references: dict[Effort, Reference] = {}
 
     def judge(variant: str, build: Callable[[], nn.Module]) -> None:
         if not rows.has(model=name, variant=variant):
@@ -164,9 +164,9 @@ def work(name: str, options: argparse.Namespace, rows: Rows) -> None:
 
     judge("dense", lambda: dense.module)
     for title, variant in VARIANTS.items():
-        if variant.images not in references:
-            references[variant.images] = make_reference(dense.graph, dense.task.calibration, variant.images)
-        reference = references[variant.images]
+        if variant.effort not in references:
+            references[variant.effort] = make_reference(dense.graph, dense.task.calibration, variant.effort)
+        reference = references[variant.effort]
         judge(title, lambda v=variant, r=reference: compensate(dense, cuts, v, r))  # type: ignore[misc]
 
 

@@ -1,6 +1,6 @@
 """Pretrains the policy that the `autosculpt` agent starts from, in imagination alone, and writes it beside the agent.
 
-    python benchmarks/pretrain.py --data DIR [--work pretrain_work] [--updates 900]
+    python benchmarks/pretrain.py --data DIR [--work pretrain_work] [--updates 2400]
 
 DATA is torchvision's CIFAR-10 folder or a folder of WebP sheets: training images alone are read. Tasks are random
 networks on random machines (`practice.py`) under random budgets, on latency, FLOPs, parameters or several; none is a
@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--data", required=True, help="folder with CIFAR-10")
     made.add_argument("--work", type=Path, default=Path("pretrain_work"), help="folder for problems and checkpoints")
     made.add_argument("--out", type=Path, default=AGENT)
-    made.add_argument("--updates", type=int, default=900)
+    made.add_argument("--updates", type=int, default=2400)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--build-only", action="store_true", help="make the problems, train nothing")
     return made.parse_args()

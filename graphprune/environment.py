@@ -43,6 +43,8 @@ class Prices:
     Of each site alone, the others dense, the convex hull of its options is a row of steps, each with what it saves and
     at which rate (error added / overrun saved). If the sites that are left take the cheapest steps first, the price is
     the rate of the step at which enough is saved: the multiplier of the knapsack's linear relaxation (Dantzig 1957).
+    Sites of one layer save less together than alone, so "enough" is the same share of all steps as it is of what the
+    sites that are left can really save.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -51,12 +53,13 @@ class Prices:
         self._rates = [rates[sites >= site] for site in range(len(problem.decisions))]
         self._totals = [saved[sites >= site].cumsum() for site in range(len(problem.decisions))]
 
-    def __call__(self, needed: NDArray[np.float64], site: int) -> NDArray[np.float64]:
-        """The prices [N] at which `site` and those after it would save what is `needed` [N]: 0 where nothing is."""
+    def __call__(self, pressures: NDArray[np.float64], site: int) -> NDArray[np.float64]:
+        """The prices [N] at which `site` and those after it save a share [N] of what they can: 0 where it is 0."""
         if site >= len(self._rates) or not len(self._rates[site]):
-            return np.zeros(len(needed))
-        steps = np.searchsorted(self._totals[site], needed).clip(max=len(self._rates[site]) - 1)
-        return np.where(needed > 0, self._rates[site][steps], 0.0)
+            return np.zeros(len(pressures))
+        totals = self._totals[site]
+        steps = np.searchsorted(totals, pressures * totals[-1]).clip(max=len(totals) - 1)
+        return np.where(pressures > 0, self._rates[site][steps], 0.0)
 
 
 def _hull(problem: Problem, site: int) -> Iterator[tuple[float, float]]:
@@ -111,13 +114,13 @@ class Observer:
         dense = np.where(decided >= 0, decided, self._dense)
         cheapest = np.where(decided >= 0, decided, self._cheapest)
         high, low = self.problem.overruns(dense), self.problem.overruns(cheapest)
-        prices = self._prices(high - 1, site) * self._unit / self._scale
+        pressure = np.clip((high - 1) / np.maximum(high - low, 1e-6), 0, 1)
+        prices = self._prices(pressure, site) * self._unit / self._scale
         options = np.zeros((count, self.options, OPTION_FEATURES), dtype=np.float32)
         if site < self.sites:
             values = self._option_features(dense, cheapest, site, prices)
             options[:, : values.shape[1]] = np.clip(values, -BOUND, BOUND)
         errors = (self.problem.error.batch(dense) - self._base) / self._scale
-        pressure = np.clip((high - 1) / np.maximum(high - low, 1e-6), 0, 1)
         progress = np.full(count, site / max(self.sites, 1))
         state = np.stack([progress, high, low, errors, pressure, np.log(prices + 1e-3) / 3], axis=1)
         return {

@@ -22,13 +22,26 @@ from graphprune.graph import Layer, ModelGraph
 from graphprune.operators import Mixture, Operator
 from graphprune.tracing import operator_name
 
-IMAGES = 256
-LARGEST_ACTIVATION = 2**25
-"""Elements of the largest activation of one pass: the images are fewer where a model is large."""
-ROWS = 16384
-"""Input vectors, over all images, from which a layer is solved."""
+LARGEST_ACTIVATION = 2**17
+"""Elements of the largest activation of one pass, for each image: they are fewer where a model is large."""
+LARGEST_REFERENCE = 2**29
+"""Elements of the dense outputs that are kept: rows are fewer where a model is large."""
 PULL = 1e-2
 """Strength of the pull towards the sliced weights, as a share of the mean second moment."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """At most so many images, and over all of them so many input vectors (rows) from which a layer is solved."""
+
+    images: int
+    rows: int
+
+
+QUICK = Effort(256, 2**14)
+"""For the candidates of a search."""
+FINE = Effort(1024, 2**16)
+"""For what is delivered: a few points more (`benchmarks/compensation.py`), four times as slow."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +57,16 @@ class Reference:
 
 
 @torch.no_grad()
-def make_reference(graph: ModelGraph, batches: Sequence[Tensor], images: int = IMAGES) -> Reference:
-    """Run the dense model on the first calibration images, at most `images`. `batches` are input batches [N, ...]."""
+def make_reference(graph: ModelGraph, batches: Sequence[Tensor], effort: Effort = QUICK) -> Reference:
+    """Run the dense model on the first calibration images. `batches` are input batches [N, ...]."""
     largest = max((_elements(node.shape) for node in graph.nodes), default=1)
-    count = max(8, min(images, LARGEST_ACTIVATION // largest))
+    count = max(8, min(effort.images, effort.images * LARGEST_ACTIVATION // largest))
     chosen = torch.cat([batch[:count] for batch in batches[: -(-count // len(batches[0]))]])[:count]
     random = torch.Generator().manual_seed(0)
-    per_image = max(1, ROWS // len(chosen))
-    positions = {layer.node: positions_of(layer, per_image, random) for layer in graph.layers if layer.weight}
+    layers = [layer for layer in graph.layers if layer.weight]
+    rows = min(effort.rows, LARGEST_REFERENCE // max(1, sum(layer.outputs.size for layer in layers)))
+    per_image = max(1, rows // len(chosen))
+    positions = {layer.node: positions_of(layer, per_image, random) for layer in layers}
     recorder = _Recorder(plain_module(graph.exported).eval(), positions)
     recorder.run(chosen)
     return Reference(chosen, positions, recorder.outputs)

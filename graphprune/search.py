@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf, isfinite
 from pathlib import Path
 from statistics import median
@@ -34,7 +35,7 @@ from graphprune.profile import Profile
 from graphprune.record import Record
 from graphprune.registry import agent as create_agent
 from graphprune.registry import chosen_patterns
-from graphprune.repair import make_reference
+from graphprune.repair import FINE, make_reference
 from graphprune.result import Result
 from graphprune.routes import Route
 from graphprune.sensitivity import sensitivities
@@ -223,6 +224,11 @@ class Session:
             problem.plan, agent, seed,
         )  # fmt: skip
 
+    @cached_property
+    def finer(self) -> Workbench:
+        """A bench that repairs with more effort than a search can spend on each candidate."""
+        return replace(self.bench, reference=make_reference(self.graph, self.task.calibration, FINE))
+
     # --- search and verification -----------------------------------------------------------------------------------
 
     def solve(self, agent: "Agent", trials: int, seed: int) -> Problem:
@@ -281,16 +287,16 @@ class Session:
         )  # fmt: skip
 
     def _verified(self, record: Record, evaluator: Evaluator) -> tuple[float, Record, nn.Module, Route]:
-        """By how much the worst bound is missed, the record with the new measurement, and the pruned model."""
+        """By how much the worst bound is missed, the record of the finely repaired model, and that model."""
         cuts = self.candidates.cuts(self._choices(record.plan))
-        bench = self.bench.settled(cuts)
+        bench = self.finer.settled(cuts)
         pruned = bench.build(cuts)
         measured = self.study.verified(record.plan)
         if measured is None:
             exported = onnx_bytes(pruned, self.task.example_inputs)  # the file that will be delivered
             measured = evaluator.measure(exported, VERIFY_ROUNDS, fresh=engines.settings_of(self.engine) is not None)
             self.study.keep_verified(replace(record, measured=measured))
-        checked = replace(record, measured=measured)
+        checked = replace(record, measured=measured, accuracy=self.task.accuracy(pruned))
         excess = max(self._excess(checked).values())
         return excess, replace(checked, feasible=excess <= 0), pruned, bench.route
 

@@ -16,8 +16,9 @@ from graphprune.calibration import positions_of
 from graphprune.cuts import Cuts, join
 from graphprune.exported import cut_program
 from graphprune.graph import ModelGraph
+from graphprune.operators import Convolution
 from graphprune.registry import pattern
-from graphprune.repair import Reference, least_squares, make_reference, repair, sampled
+from graphprune.repair import Effort, Reference, least_squares, make_reference, repair, sampled
 from graphprune.surgery import perform
 from graphprune.tracing import trace
 from tests.graphprune.networks import Literal, OptionA, SwiGlu, Tied, conv_bn, tokens
@@ -270,10 +271,9 @@ def test_mode_and_counters_of_the_dense_model_stay() -> None:
 # --- the reference --------------------------------------------------------------------------------------------------
 
 
-def test_the_reference_holds_dense_outputs_at_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_holds_dense_outputs_at_its_positions() -> None:
     model, graph, x, _ = built("residual")
-    monkeypatch.setattr(module, "ROWS", 48 * 5)
-    reference = make_reference(graph, [x[:30], x[30:]])
+    reference = make_reference(graph, [x[:30], x[30:]], Effort(48, 48 * 5))
     assert torch.equal(reference.images, x)
     outputs_seen: dict[str, Tensor] = {}
     watched = copy.deepcopy(model)  # other tests share the model itself
@@ -292,10 +292,21 @@ def test_the_reference_holds_dense_outputs_at_its_positions(monkeypatch: pytest.
 
 def test_few_images_of_large_models_and_no_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     _, graph, x, _ = built("residual")
-    assert torch.equal(make_reference(graph, [x[:16], x[16:]], images=20).images, x[:20])
-    monkeypatch.setattr(module, "LARGEST_ACTIVATION", 8 * 64 * 12)  # the largest activation is 8 channels of 8 x 8
-    assert len(make_reference(graph, [x]).images) == 12
-    assert len(make_reference(graph, [x[:5]]).images) == 5
+    assert torch.equal(make_reference(graph, [x[:16], x[16:]], Effort(20, 400)).images, x[:20])
+    monkeypatch.setattr(module, "LARGEST_ACTIVATION", 8 * 32)  # the largest activation is 8 channels of 8 x 8
+    assert len(make_reference(graph, [x], Effort(24, 400)).images) == 12
+    assert len(make_reference(graph, [x[:5]], Effort(24, 400)).images) == 5
+
+
+def test_as_many_rows_as_asked_for_and_as_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, graph, x, _ = built("conv")
+    layers = [layer for layer in graph.layers if layer.weight]
+    spatial = [layer.node for layer in layers if isinstance(layer.operator, Convolution)]
+    outputs = make_reference(graph, [x], Effort(20, 400)).outputs
+    assert [len(outputs[node]) for node in spatial] == [400] * len(spatial)
+    monkeypatch.setattr(module, "LARGEST_REFERENCE", 100 * sum(layer.outputs.size for layer in layers))
+    outputs = make_reference(graph, [x], Effort(20, 400)).outputs
+    assert [len(outputs[node]) for node in spatial] == [100] * len(spatial)
 
 
 def test_sampled_rows_are_images_by_positions() -> None:

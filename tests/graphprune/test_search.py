@@ -174,18 +174,18 @@ def test_test_data_is_never_read_and_validation_data_never_calibrates(monkeypatc
     with pytest.raises(AssertionError, match="the test data was read"):
         work.test_accuracy(fitted())
     given: list[torch.Tensor] = []
-    for name in ("calibrate", "make_reference"):
+    for name in ("calibrate", "sensitivities", "make_reference"):
         original = getattr(module, name)
 
-        def spy(graph: Any, data: Any, *rest: Any, original: Any = original) -> Any:
-            given.extend(data)
-            return original(graph, data, *rest)
+        def spy(graph: Any, *rest: Any, original: Any = original) -> Any:
+            given.extend(next(x for x in rest if isinstance(x, tuple)))
+            return original(graph, *rest)
 
         monkeypatch.setattr(module, name, spy)
     run(task=work, trials=2, rivals=("magnitude",))
     held_out = torch.cat([x for x, _ in work.validation]).flatten(1)
     seen = torch.cat(given).flatten(1)
-    assert len(seen) == 2 * sum(map(len, work.calibration))
+    assert len(seen) == 4 * sum(map(len, work.calibration))  # moments, weights, repair, finer repair
     assert not (seen[:, None, :8] == held_out[None, :, :8]).all(-1).any()
 
 
