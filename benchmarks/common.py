@@ -1,9 +1,18 @@
-"""What several benchmarks share: the four models, their graphs at a batch size, and the names of result files."""
+"""What several benchmarks share: the four models, their graphs at a batch size, what a step takes, and the names of
+result files.
+"""
 
 import argparse
+import gc
+import os
 import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,6 +98,40 @@ def result_stem(name: str, threads: int, batch: int) -> Path:
 def result_file(table: str, folder: Path = RESULTS) -> Path:
     """Where a table of one thread and batch 1 goes."""
     return folder / f"{result_stem(table, 1, 1).name}.json"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What an action took: seconds of processor time, seconds on the wall, and the most bytes that its process held in
+    memory meanwhile.
+    """
+
+    seconds: float
+    wall: float
+    peak: int
+
+
+def spent(action: Callable[[], Any]) -> tuple[Spent, Any]:
+    """What an action takes, and what it returns. Linux only, for the sake of the memory."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    processor, wall = time.process_time(), time.perf_counter()
+    result = action()
+    return Spent(time.process_time() - processor, time.perf_counter() - wall, memory("VmHWM")), result
+
+
+def memory(field: str = "VmRSS") -> int:
+    """Bytes of this process in memory: now, or with "VmHWM" the most so far."""
+    (line,) = re.findall(rf"^{field}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(line)
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any, threads: int = 1) -> Any:
+    """What a function of a script returns in a fresh process, whose libraries use so many threads."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    os.environ |= dict.fromkeys(names, str(threads))  # what this process has loaded does not look again
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def judged_by_tables(candidates: Candidates, limit: float) -> Problem:

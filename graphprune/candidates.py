@@ -205,10 +205,11 @@ class Candidates:
         return _sum(0.0, factors + self._uncalibrated(factors))
 
     def _own_errors(self) -> list[Factor]:
-        """The estimates of patterns that have their own."""
+        """The estimates of patterns that have their own, those of a branch weighted as errors of its sum."""
         errors = {n: [draft.error for draft in self.drafts[site.name]] for n, site in enumerate(self.sites)}
+        nodes = [site.branch.node if site.branch else site.node for site in self.sites]
         return [
-            Factor((n,), np.array([error or 0.0 for error in own]))
+            Factor((n,), self.statistics.weight(nodes[n]) * np.array([error or 0.0 for error in own]))
             for n, own in errors.items()
             if any(error is not None for error in own)
         ]

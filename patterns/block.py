@@ -27,8 +27,7 @@ class Block(Pattern):
         return Cuts() if keep or site.branch is None else Cuts(dropped=(site.branch,))
 
     def error(self, site: Site, keep: tuple[int, ...], statistics: Statistics) -> float | None:
-        """The weighted energy of what the branch adds, as a share of the sum's: E|branch|^2 / E|skip + branch|^2."""
+        """The energy of what the branch adds, as a share of that of the sum: E|branch|^2 / E|skip + branch|^2."""
         if keep or site.branch is None:
             return 0.0
-        node = site.branch.node
-        return statistics.weight(node) * statistics.branches.get(node, 1.0)
+        return statistics.branches.get(site.branch.node, 1.0)

@@ -5,7 +5,7 @@ import pytest
 
 from graphprune.agents.fronts import Fronts
 from graphprune.agents.ratios import POINTS, Embeddings, RatioEpisodes, Vectors, retrace, walk
-from graphprune.environment import BOUND, Observer
+from graphprune.environment import BOUND, STATE_FEATURES, Observer
 from graphprune.problem import Floats, Problem
 from tests.agents.toys import problem, with_branch
 
@@ -65,8 +65,10 @@ def test_embeddings_tell_the_wall_the_curve_and_what_was_executed() -> None:
             assert embedding[-1] == pytest.approx(episodes.executed[row, site - 1] if site else 0.0)
             seen = observer(np.array([plan[:site]], dtype=np.int64).reshape(1, site))
             chosen = [np.abs(ratios - point).argmin() for point in POINTS]
-            np.testing.assert_allclose(embedding[-23:-3], seen["options"][0, chosen].ravel(), rtol=1e-6)
-            np.testing.assert_allclose(embedding[-28:-23], seen["state"][0], rtol=1e-6)
+            options = seen["options"][0, chosen].ravel()
+            np.testing.assert_allclose(embedding[-3 - len(options) : -3], options, rtol=1e-6)
+            state = embedding[-3 - len(options) - STATE_FEATURES : -3 - len(options)]
+            np.testing.assert_allclose(state, seen["state"][0], rtol=1e-6)
 
 
 def test_the_size_of_an_embedding_does_not_depend_on_the_problem() -> None:

@@ -1,0 +1,138 @@
+"""What share of a search's time the agent itself takes, beside the candidates that it has evaluated.
+
+    python benchmarks/agent_cost.py --data DIR --weights DIR [--model resnet56] [--agent autosculpt] [--trials 60]
+
+CIFAR-10, half of the latency, one thread, a process of its own. DATA is torchvision's CIFAR-10 folder or a folder of
+WebP sheets, WEIGHTS a folder with cifar10_<model>.safetensors. The engine computes its times (`FakeEngine`): measuring
+the candidates that would become the best takes next to nothing here, and so the agent's share is an upper bound. On the
+wall, from the agent's first step to its last: seconds within the evaluator, and what is left, which for `autosculpt` is
+taken apart into its policy's updates, decoding, the belief (fits and predictions, also those made within updates) and
+the rest. Trace, tables and verification are no part of it. The aim is a share below `AIM`. Writes
+`results/agent_cost-<engine>-1t-<processor>.json`, with the seconds of every trial.
+"""
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from common import RESULTS, in_own_process, result_file
+
+import graphprune as gp
+from graphprune import models
+from graphprune.agents import create
+from graphprune.agents.autosculpt import Search
+from graphprune.agents.base import Agent
+from graphprune.agents.belief import Belief
+from graphprune.engines.fake import FakeEngine
+from graphprune.machine import environment
+from graphprune.problem import Problem
+from graphprune.registry import chosen_patterns
+from graphprune.search import Session
+
+LATENCY = 0.5
+AIM = 0.2
+EVALUATOR, REST = "evaluator", "rest of the agent"
+PARTS: tuple[tuple[type, str, str], ...] = (
+    (Search, "_update", "policy updates"),
+    (Search, "decode", "decoding"),
+    (Belief, "learn", "belief: fits"),
+    (Belief, "supposing", "belief: fits"),
+    (Belief, "predict", "belief: predictions"),
+)
+"""Which methods of the main agent are timed, and as what."""
+
+
+class Clock:
+    """Seconds of named functions; what one of them spends within another counts for the inner one alone."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+        self._running: list[float] = []
+        """Of each timed function that runs, the outermost first: the seconds spent within other timed ones."""
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with its time counted under a name."""
+
+        @wraps(function)
+        def run(*arguments: Any, **options: Any) -> Any:
+            self._running.append(0.0)
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                whole = time.perf_counter() - start
+                self.seconds[name] += whole - self._running.pop()
+                self.calls[name] += 1
+                if self._running:
+                    self._running[-1] += whole
+
+        return run
+
+
+class Watched:
+    """An agent whose time is counted, and that of the evaluator apart from it."""
+
+    def __init__(self, agent: Agent, clock: Clock) -> None:
+        self.agent, self.clock, self.name = agent, clock, agent.name
+
+    def run(self, problem: Problem, rng: np.random.Generator) -> None:
+        """Search as the agent does."""
+        problem.evaluator = self.clock.timed(EVALUATOR, problem.evaluator)
+        with ExitStack() as stack:
+            for owner, method, name in PARTS:
+                timed = self.clock.timed(name, getattr(owner, method))
+                stack.enter_context(patch.object(owner, method, timed))
+            self.clock.timed(REST, self.agent.run)(problem, rng)
+
+
+def examine(options: argparse.Namespace) -> dict[str, Any]:
+    """One search."""
+    task = gp.Task.load(f"cifar10:{options.data}", batch_size=100, validation=options.images)
+    dense = models.create(f"cifar:{options.model}", options.weights / f"cifar10_{options.model}.safetensors")
+    session = Session.prepare(
+        dense, task, gp.Target(latency=LATENCY), FakeEngine(), chosen_patterns(None), None, lambda *_: None
+    )
+    clock = Clock()
+    problem = session.solve(Watched(create(options.agent), clock), options.trials, options.seed)
+    whole = sum(clock.seconds.values())
+    return {
+        "model": options.model, "agent": options.agent, "seed": options.seed, "images": options.images,
+        "trials": options.trials, "evaluated": len(problem.records), "sites": len(problem.decisions),
+        "seconds": whole, "parts": dict(clock.seconds), "calls": dict(clock.calls),
+        "share": 1 - clock.seconds[EVALUATOR] / whole,
+        "seconds_of_trials": [record.seconds for record in problem.records],
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Search, print, write."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
+    made.add_argument("--weights", type=Path, required=True, help="folder with cifar10_<model>.safetensors")
+    made.add_argument("--model", default="resnet56")
+    made.add_argument("--agent", default="autosculpt")
+    made.add_argument("--trials", type=int, default=60)
+    made.add_argument("--images", type=int, default=1000, help="validation images")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    options = made.parse_args()
+    found = in_own_process(examine, options)
+    for name, seconds in sorted(found["parts"].items(), key=lambda part: -part[1]):
+        print(f"{name:20} {seconds:8.1f} s {seconds / found['seconds']:6.1%}  {found['calls'][name]} calls")
+    verdict = "reached" if found["share"] < AIM else "missed"
+    print(f"the agent takes {found['share']:.1%} of {found['seconds']:.1f} s, {found['evaluated']} trials: {verdict}")
+    body = {"aim": AIM, **found, "environment": environment()}
+    result_file("agent_cost", options.out).write_text(json.dumps(body, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
