@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Spent, in_own_process, memory, result_stem, spent
+from common import RESULTS, Spent, in_own_process, result_stem, spent
 
 import graphprune as gp
 from graphprune import models
@@ -67,7 +67,7 @@ def examine(spec: str, count: int, batch: int) -> dict[str, Any]:
 
     with seeded(0):
         module = models.create(spec).eval()
-        start = memory()
+        start = spent(lambda: None)[0].peak
         images = torch.randn(count, *models.default_input_size(spec, module)).split(batch)
     graph = step(TRACE, lambda: gp.trace(module, images[0][:2]))
     statistics = step("calibrate", lambda: calibrate(graph, images))

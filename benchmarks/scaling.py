@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, in_own_process, memory, result_file, spent
+from common import RESULTS, in_own_process, result_file, spent
 from equal_latency import Row, Rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -135,7 +135,7 @@ class Noting(Profile):
 def examine(spec: str, repeats: int) -> Row:
     """What each part takes for one model."""
     measure(WARM_UP, Meter(1))
-    empty, meter = memory(), Meter(repeats)
+    empty, meter = spent(lambda: None)[0].peak, Meter(repeats)
     facts = measure(spec, meter)
     return {"model": spec, "repeats": repeats, **facts, "empty": empty, "seconds": meter.seconds, "peak": meter.peak}
 
@@ -237,9 +237,12 @@ def seconds(row: Row, name: str) -> float:
 
 
 def mebibytes(row: Row, name: str) -> float:
-    """The most that a stage, or one part of it, holds, beyond what the process held before the model was made."""
+    """The most that a stage, or one part of it, holds, beyond what the process held before the model was made.
+
+    At least 1, since less says nothing.
+    """
     peaks = [median(samples) for part, samples in row["peak"].items() if part == name or _stage(part) == name]
-    return (max(peaks) - row["empty"]) / MEBIBYTE
+    return max(1.0, (max(peaks) - row["empty"]) / MEBIBYTE)
 
 
 def _stage(part: str) -> str:
@@ -250,8 +253,8 @@ def exponent(rows: Sequence[Row], measured: Callable[[Row, str], float], name: s
     """The power of the number of layers with which a stage or a part grows; None where there are fewer than two."""
     if len(rows) < 2:
         return None
-    values = [max(measured(row, name), 1e-9) for row in rows]
-    return float(np.polyfit(np.log([row["layers"] for row in rows]), np.log(values), 1)[0])
+    layers, values = zip(*((row["layers"], measured(row, name)) for row in rows), strict=True)
+    return float(np.polyfit(np.log(layers), np.log(values), 1)[0])
 
 
 def exponents(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from graphprune.exported import plain_module
 from graphprune.graph import Layer, ModelGraph
@@ -22,6 +21,10 @@ from graphprune.tracing import attended, operator_name
 ROWS_PER_FEATURE = 32
 LEAST_ROWS = 16384
 """Input vectors kept of each layer, spread evenly over images: enough for its moments to settle."""
+
+
+WIDE = 256
+"""Features from which half of a Gram matrix is mirrored; below that smaller products cost more than they save."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ class _Collector(fx.Interpreter):
         self.scores[name] = self.scores.get(name, 0) + products.sum(0)
 
     def _add(self, name: str, vectors: Tensor) -> None:
-        second = torch.bmm(vectors.transpose(1, 2), vectors).double()
+        second = gram(vectors).double()
         mean = vectors.sum(1, dtype=torch.float64)
         count = vectors.shape[1]
         if name in self.sums:
@@ -211,18 +214,29 @@ def vectors(source: Tensor, operator: Operator, positions: Tensor) -> Tensor:
     if not isinstance(operator, Convolution):
         flat = source.reshape(len(source), -1, source.shape[-1])[:, positions]
         return flat.reshape(1, -1, source.shape[-1])
-    top, left, bottom, right = operator.padding
-    ends = (0, 0, *(max(end, 0) for end in (left, right, top, bottom)))
-    pixels = functional.pad(source.permute(0, 2, 3, 1), ends).contiguous()
+    top, left, bottom, right = (max(end, 0) for end in operator.padding)
+    images, channels, height, width = source.shape
+    pixels = source.new_zeros(images, top + height + bottom, left + width + right, channels)
+    pixels[:, top : top + height, left : left + width] = source.permute(0, 2, 3, 1)
     columns = operator.output_size[1]
-    y = (positions // columns) * operator.stride[0] + max(-top, 0)
-    x = (positions % columns) * operator.stride[1] + max(-left, 0)
+    y = (positions // columns) * operator.stride[0] + max(-operator.padding[0], 0)
+    x = (positions % columns) * operator.stride[1] + max(-operator.padding[1], 0)
     taps_y = torch.arange(operator.kernel[0]) * operator.dilation[0]
     taps_x = torch.arange(operator.kernel[1]) * operator.dilation[1]
     spots = (y[:, None, None] + taps_y[:, None]) * pixels.shape[2] + x[:, None, None] + taps_x
     chosen = pixels.flatten(1, 2).index_select(1, spots.reshape(-1))
     grouped = chosen.reshape(len(source) * len(positions), spots[0].numel(), operator.groups, -1)
     return grouped.permute(2, 0, 1, 3).reshape(operator.groups, len(grouped), -1)
+
+
+def gram(vectors: Tensor) -> Tensor:
+    """X^T X of vectors [groups, rows, features]; of wide ones, what mirrors another block is not computed."""
+    features = vectors.shape[-1]
+    if features < WIDE:
+        return torch.bmm(vectors.mT, vectors)
+    left, right = vectors[..., : features // 2], vectors[..., features // 2 :]
+    across = torch.bmm(left.mT, right)
+    return torch.cat([torch.cat([gram(left), across], 2), torch.cat([across.mT, gram(right)], 2)], 1)
 
 
 def by_tap(weight: Tensor, operator: Operator) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from graphprune.calibration import by_channel, by_tap, positions_of, vectors
+from graphprune.calibration import by_channel, by_tap, gram, positions_of, vectors
 from graphprune.cuts import Cuts
 from graphprune.exported import cut_program, plain_module
 from graphprune.graph import Layer, ModelGraph
@@ -208,11 +208,11 @@ def least_squares(
     if not centred:
         mean_in, mean_out = torch.zeros_like(mean_in), torch.zeros_like(mean_out)
     rows, turned = inputs.shape[1], inputs.mT
-    gram = torch.bmm(turned, inputs).double() - rows * mean_in.mT @ mean_in
+    moments = gram(inputs).double() - rows * mean_in.mT @ mean_in
     cross = torch.bmm(turned, targets).double() - rows * mean_in.mT @ mean_out
-    diagonal = torch.diagonal(gram, dim1=1, dim2=2)
+    diagonal = torch.diagonal(moments, dim1=1, dim2=2)
     strength = (pull * diagonal.mean(1) + 1e-9)[:, None, None]
-    gram = gram + strength * torch.eye(gram.shape[-1], dtype=gram.dtype)
-    best = torch.linalg.solve(gram, cross + strength * start.double().transpose(1, 2)).transpose(1, 2)
+    moments = moments + strength * torch.eye(moments.shape[-1], dtype=moments.dtype)
+    best = torch.linalg.solve(moments, cross + strength * start.double().transpose(1, 2)).transpose(1, 2)
     shift = mean_out[:, 0] - torch.einsum("gof,gf->go", best, mean_in[:, 0])
     return best.to(start.dtype), shift.to(start.dtype)

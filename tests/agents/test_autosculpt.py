@@ -246,13 +246,13 @@ def test_a_policy_for_other_features_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.35, 0.5, 0.65])
-def test_the_first_plan_on_unseen_toys_beats_uniform_always_and_magnitude_on_the_whole(limit: float) -> None:
+def test_the_first_plan_on_unseen_toys_beats_uniform_and_is_never_worse_than_magnitude(limit: float) -> None:
     ratios = []
     for seed in range(5):
         own, uniform, magnitude = errors_of_first_plans(traced(problem(100 + seed, sizes=(5,) * 10, limit=limit)))
         assert own < uniform
         ratios.append(own / magnitude)
-    assert max(ratios) < 1.1
+    assert max(ratios) <= 1 + 1e-9
     assert np.exp(np.mean(np.log(ratios))) < 0.99
 
 

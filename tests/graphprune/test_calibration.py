@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graphprune import calibration
-from graphprune.calibration import Moments, by_channel, by_tap, calibrate, positions_of, vectors
+from graphprune.calibration import Moments, by_channel, by_tap, calibrate, gram, positions_of, vectors
 from graphprune.compensation import score_error
 from graphprune.graph import Layer, ModelGraph
 from graphprune.operators import Convolution, Linear
@@ -209,6 +209,12 @@ def test_vectors_of_a_window_give_the_outputs_of_the_small_kernel(
         found = torch.einsum("gof,grf->gro", by_tap(weight, operator), rows)
         expected = outputs[:, :, positions].reshape(3, 2, 3, -1).permute(1, 0, 3, 2).reshape(2, -1, 3)
         assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("features", [3, 255, 256, 513])
+def test_gram_is_the_whole_product_however_wide(features: int) -> None:
+    x = torch.randn(2, 7, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.allclose(gram(x), torch.einsum("grf,gre->gfe", x, x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("fused_product", [True, False])
