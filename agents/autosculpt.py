@@ -53,6 +53,8 @@ FIRST_GENERATIONS = 40
 """The same for the very first plan, of which nothing but the error table tells."""
 ELITES = 16
 """How many of them live on from generation to generation."""
+AT_ONCE = 8
+"""How many sites a generation may open, over all of its variations: the policy is asked once for each."""
 CURIOSITY = 0.5
 """Chance that an open site of a variation is drawn uniformly instead of from the policy, which soon is too sure."""
 Vectors = NDArray[np.int64]
@@ -230,11 +232,11 @@ class Search:
         return bred
 
     def _opened(self, plans: Vectors) -> Vectors:
-        """Plans drawn from some [M, sites] with one to three sites left open (-1): [2 EPISODES, sites]."""
+        """Plans drawn from some [M, sites] with one to three of `AT_ONCE` sites left open (-1): [2 EPISODES, sites]."""
         anchors = plans[self.rng.integers(len(plans), size=2 * EPISODES)]
-        sites = anchors.shape[1]
+        sites = self.rng.permutation(anchors.shape[1])[:AT_ONCE]
         for anchor in anchors:
-            anchor[self.rng.choice(sites, size=min(sites, int(self.rng.integers(1, 4))), replace=False)] = -1
+            anchor[self.rng.choice(sites, size=min(len(sites), int(self.rng.integers(1, 4))), replace=False)] = -1
         return anchors
 
     def _exchanged(self, plans: Vectors) -> Vectors:
@@ -243,29 +245,30 @@ class Search:
         for _ in range(2):
             sites = self.rng.integers(varied.shape[1], size=len(varied))
             varied[np.arange(len(varied)), sites] = (self.rng.random(len(varied)) * self._sizes[sites]).astype(np.int64)
-        whole = np.array([self.problem.canonical(plan) for plan in varied.tolist()], dtype=np.int64)
+        return self._legal(varied)
+
+    def _legal(self, plans: Vectors) -> Vectors:
+        """Those of some plans [N, sites] that meet the target, in their canonical form."""
+        whole = np.array([self.problem.canonical(plan) for plan in plans.tolist()], dtype=np.int64)
         return whole[self.problem.overruns(whole) <= 1.0 + ROUNDING]
 
     def decode(self, anchors: Vectors, greedy: bool, curiosity: float = CURIOSITY) -> Vectors:
-        """Let the policy decide the open sites (-1) of `anchors` [N, sites]; the wall may overrule an anchor.
+        """Let the policy decide the open sites (-1) of `anchors` [N, sites]; what then meets the target comes back.
 
         Unless greedy, it draws, and `curiosity` is the chance that an open site is drawn uniformly instead.
         """
-        prefixes = np.zeros((len(anchors), 0), dtype=np.int64)
+        plans = anchors.copy()
         with reproducible(self.rng):
-            for site in range(anchors.shape[1]):
-                masks = self.observer.masks(prefixes)
-                taken = anchors[:, site].copy()
-                is_open = (taken < 0) | ~masks[np.arange(len(masks)), taken]
-                if is_open.any():
-                    taken[is_open] = self._decide(prefixes[is_open], masks[is_open], greedy, curiosity)
-                prefixes = np.concatenate([prefixes, taken[:, None]], axis=1)
-        return prefixes
+            for site in np.flatnonzero((anchors < 0).any(axis=0)).tolist():
+                (rows,) = np.nonzero(anchors[:, site] < 0)
+                plans[rows, site] = self._decide(plans[rows], site, greedy, curiosity)
+        return self._legal(plans)
 
-    def _decide(self, prefixes: Vectors, masks: NDArray[np.bool_], greedy: bool, curiosity: float) -> Vectors:
-        """The policy's options for the next site of some prefixes; unless greedy, some are drawn uniformly instead."""
+    def _decide(self, decided: Vectors, site: int, greedy: bool, curiosity: float) -> Vectors:
+        """The policy's options for a site of choice vectors [N, sites]; unless greedy, some are drawn uniformly."""
         actions: Vectors
-        actions, _ = self.ppo.predict(self.observer(prefixes), deterministic=greedy, action_masks=masks)
+        masks = self.observer.open_masks(decided, site)
+        actions, _ = self.ppo.predict(self.observer.observe(decided, site), deterministic=greedy, action_masks=masks)
         return actions if greedy else np.where(self.rng.random(len(actions)) < curiosity, self._any(masks), actions)
 
     def _any(self, masks: NDArray[np.bool_]) -> Vectors:

@@ -17,6 +17,8 @@ FAILURE = -1.0
 """The reward of a plan that could not be evaluated, and of an action that the mask forbids."""
 OPTION_FEATURES = 6
 STATE_FEATURES = 6
+NEVER = 1e6
+"""The overrun of what cannot be: options that exclude each other cost infinity."""
 BOUND = 10.0
 """Features are clipped to this range, so that the observation space is bounded."""
 Observation = dict[str, NDArray[Any]]
@@ -111,9 +113,14 @@ class Observer:
         count, site = prefixes.shape
         decided = np.full((count, self.sites), -1, dtype=np.int64)
         decided[:, :site] = prefixes
+        return self.observe(decided, site)
+
+    def observe(self, decided: NDArray[np.int64], site: int) -> Observation:
+        """The observations of choice vectors [N, sites] in which `site` is decided next and any sites are open (-1)."""
+        count = len(decided)
         dense = np.where(decided >= 0, decided, self._dense)
         cheapest = np.where(decided >= 0, decided, self._cheapest)
-        high, low = self.problem.overruns(dense), self.problem.overruns(cheapest)
+        high, low = (np.minimum(self.problem.overruns(choices), NEVER) for choices in (dense, cheapest))
         pressure = np.clip((high - 1) / np.maximum(high - low, 1e-6), 0, 1)
         prices = self._prices(pressure, site) * self._unit / self._scale
         options = np.zeros((count, self.options, OPTION_FEATURES), dtype=np.float32)
@@ -133,10 +140,16 @@ class Observer:
     def masks(self, prefixes: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The action wall [N, widest site's options]; after the last site every action is shown as open."""
         count, site = prefixes.shape
-        masks = np.zeros((count, self.options), dtype=np.bool_)
         if site == self.sites:
-            return ~masks
-        legal = self.problem.masks(prefixes)
+            return np.ones((count, self.options), dtype=np.bool_)
+        return self._padded(self.problem.masks(prefixes))
+
+    def open_masks(self, decided: NDArray[np.int64], site: int) -> NDArray[np.bool_]:
+        """The action wall at an open site of choice vectors [N, sites] in which any sites are open (-1)."""
+        return self._padded(self.problem.open_masks(decided, site))
+
+    def _padded(self, legal: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        masks = np.zeros((len(legal), self.options), dtype=np.bool_)
         masks[:, : legal.shape[1]] = legal
         return masks
 
@@ -150,14 +163,14 @@ class Observer:
         problem = self.problem
         errors = problem.error.sweep(dense, site, len(problem.decisions[site].options))
         added = (errors - errors[:, :1]) / self._scale * self.sites
-        overruns = problem.sweep_overruns(dense, site)
+        overruns = np.minimum(problem.sweep_overruns(dense, site), NEVER)
         saved = (overruns[:, :1] - overruns) / self._unit * self.sites
         reach = problem.sweep_overruns(cheapest, site)
         floor = np.log(np.maximum(added, 0) + 1e-3)
         rate = floor - np.log(np.maximum(saved, 0) + 1e-3)
-        possible = np.isfinite(saved)
+        possible = overruns < NEVER
         gained = prices[:, None] * np.where(possible, saved, 0.0)
-        worth = np.where(possible, gained - added, -np.inf)
+        worth = np.where(possible, gained - added, -NEVER)
         regret = (worth.max(axis=1, keepdims=True) - worth) / (gained.max(axis=1, keepdims=True) + 1e-3)
         return np.stack([added, floor / 3, saved, reach, rate / 3, regret], axis=2)
 

@@ -203,13 +203,18 @@ class Problem:
     def masks(self, prefixes: NDArray[np.int64]) -> NDArray[np.bool_]:
         """`mask` of many prefixes of one length [N, decided sites] at once: [N, options]."""
         count, site = prefixes.shape
-        passes: NDArray[np.bool_] = np.zeros((count, len(self.decisions[site].options)), dtype=np.bool_)
+        decided = np.full((count, len(self.decisions)), -1, dtype=np.int64)
+        decided[:, :site] = prefixes
+        return self.open_masks(decided, site)
+
+    def open_masks(self, decided: NDArray[np.int64], site: int) -> NDArray[np.bool_]:
+        """The wall at an open site of choice vectors [N, sites] in which any sites are open (-1): [N, options]."""
+        passes: NDArray[np.bool_] = np.zeros((len(decided), len(self.decisions[site].options)), dtype=np.bool_)
         for completion in self.completions:
-            choices = np.tile(np.array(completion, dtype=np.int64), (count, 1))
-            choices[:, :site] = prefixes
+            choices = np.where(decided >= 0, decided, np.array(completion, dtype=np.int64))
             passes |= self.sweep_overruns(choices, site) <= 1.0 + ROUNDING
         passes[~passes.any(axis=1), self.completions[0][site]] = True
-        gone = prefixes[:, list(self.decisions[site].gone_with)].any(axis=1)
+        gone = (decided[:, list(self.decisions[site].gone_with)] > 0).any(axis=1)
         passes[gone] = np.arange(passes.shape[1]) == 0
         return passes
 
