@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from graphprune.environment import Observer, PruningEnv, reward
+from graphprune.environment import Observer, Prices, PruningEnv, reward
 from graphprune.problem import Problem
 from graphprune.record import Record, Share
 from tests.agents.toys import problem
@@ -88,6 +88,53 @@ def test_masks_leave_exactly_what_can_still_be_feasible(seed: int) -> None:
         assert mask.tolist() == expected + [False] * (4 - len(expected))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_wall_at_any_open_site_keeps_to_what_is_decided_elsewhere(seed: int) -> None:
+    """By enumeration of the other open sites; one that nothing can save has the cheapest option left."""
+    made = problem(seed, sizes=(3, 4, 2, 3), limit=0.4)
+    observer, checked = Observer(made), 0
+    for decided in product((-1, 2), (-1, 1, 3), (-1, 1), (-1, 0, 2)):
+        for site in np.flatnonzero(np.array(decided) < 0):
+            others = [
+                range(len(d.options)) if taken < 0 else [taken]
+                for d, taken in zip(made.decisions, decided, strict=True)
+            ]
+            plans = [plan for plan in product(*others) if made.feasible(plan)]
+            mask = observer.open_masks(np.array([decided], dtype=np.int64), int(site))[0]
+            if plans:
+                assert set(np.flatnonzero(mask)) == {plan[site] for plan in plans}
+                checked += 1
+            else:
+                assert np.flatnonzero(mask).tolist() == [made.completions[0][site]]
+    assert checked > 20
+
+
+def test_observations_do_not_care_in_which_order_sites_were_decided() -> None:
+    """With the last sites decided, what an option adds and saves is counted beside them."""
+    made = problem(2, sizes=(3, 4, 2), limit=0.5)
+    seen = Observer(made).observe(np.array([[-1, 2, 1]], dtype=np.int64), 0)
+    scale, unit = made.error(made.cheapest) / 3, made.overrun(made.dense) / 3
+    for option in range(3):
+        added = (made.error((option, 2, 1)) - made.error((0, 2, 1))) / scale
+        saved = (made.overrun((0, 2, 1)) - made.overrun((option, 2, 1))) / unit
+        assert seen["options"][0, option, [0, 2]] == pytest.approx([added, saved], abs=1e-5)
+    assert seen["state"][0, 1] == pytest.approx(made.overrun((0, 2, 1)), abs=1e-5)
+
+
+def test_the_price_is_the_multiplier_at_which_enough_is_saved() -> None:
+    """Against a fine sweep over multipliers: each site takes what minimises error + multiplier x cost."""
+    made = problem(5, sizes=(5, 4, 6, 3), limit=0.5, pairs=False)
+    errors, costs = ([f.table for f in total.factors] for total in (made.error, made.costs["latency"]))
+    prices, multipliers = Prices(made), np.geomspace(1e-2, 1e2, 4001)
+    for site in range(3):
+        tables = list(zip(errors[site:], costs[site:], strict=True))
+        saved = [sum((c[0] - c[(e + m * c / 0.5).argmin()]) for e, c in tables) for m in multipliers]
+        whole = sum(c[0] - c.min() for _, c in tables)
+        for pressure in (0.1, 0.35, 0.6, 0.9):
+            enough = multipliers[np.searchsorted(saved, pressure * whole)]
+            assert prices(np.array([pressure, 0.0]), site) == pytest.approx([enough, 0.0], rel=5e-3)
+
+
 def test_observations_are_sums_over_the_tables() -> None:
     made = problem(2, sizes=(3, 4, 2), limit=0.5)
     seen = Observer(made)(np.array([[1], [2]], dtype=np.int64))
@@ -104,4 +151,9 @@ def test_observations_are_sums_over_the_tables() -> None:
             assert features[3] == pytest.approx(made.overrun((first, option, made.cheapest[2])), abs=1e-5)
         high, low = made.overrun((first, 0, 0)), made.overrun((first, *made.cheapest[1:]))
         assert seen["state"][row, :3] == pytest.approx([1 / 3, high, low], abs=1e-5)
-        assert seen["state"][row, 4] == pytest.approx(np.clip((high - 1) / (high - low), 0, 1), abs=1e-5)
+        pressure = np.clip((high - 1) / (high - low), 0, 1)
+        price = Prices(made)(np.array([pressure]), 1)[0] * unit / scale
+        assert seen["state"][row, 4:] == pytest.approx([pressure, np.log(price + 1e-3) / 3], abs=1e-5)
+        worth = price * seen["options"][row, :, 2] - seen["options"][row, :, 0]
+        regret = (worth.max() - worth) / (price * seen["options"][row, :, 2].max() + 1e-3)
+        assert seen["options"][row, :, 5] == pytest.approx(np.minimum(regret, 10), abs=1e-3)
