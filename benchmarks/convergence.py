@@ -61,6 +61,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--agents", default="dp,autosculpt,random")
     made.add_argument("--trials", type=int, default=200)
     made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--images", type=int, default=1000, help="validation images")
     made.add_argument("--work", type=Path, default=Path("convergence_work"), help="folder for studies and searches")
     return made.parse_args()
 
@@ -76,7 +77,7 @@ def agent_named(name: str) -> Agent:
 
 def search(model: str, agent: str, seed: int, options: argparse.Namespace) -> Line:
     """One search, from its study where it was begun before."""
-    task = gp.Task.load(f"cifar10:{options.data}", batch_size=128)
+    task = gp.Task.load(f"cifar10:{options.data}", batch_size=128, validation=options.images)
     dense = models.create(f"cifar:{model}", options.weights / f"cifar10_{model}.safetensors")
     start = time.perf_counter()
     found = gp.search(
@@ -86,7 +87,7 @@ def search(model: str, agent: str, seed: int, options: argparse.Namespace) -> Li
     measured = found.record.measured
     assert measured is not None
     return {
-        "model": model, "agent": agent, "seed": seed, "trials": options.trials,
+        "model": model, "agent": agent, "seed": seed, "trials": options.trials, "images": options.images,
         "accuracy": [counted(record) for record in found.records],
         "returned": found.record.accuracy, "met": found.met,
         "latency": [measured.value, measured.low, measured.high],
@@ -156,7 +157,7 @@ def main() -> None:
     known = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     lines = []
     for model, seed, agent in product(options.models.split(","), range(options.seeds), options.agents.split(",")):
-        own = {"model": model, "agent": agent, "seed": seed, "trials": options.trials}
+        own = {"model": model, "agent": agent, "seed": seed, "trials": options.trials, "images": options.images}
         line = next((line for line in known if own.items() <= line.items()), None)
         if line is None:
             line = search(model, agent, seed, options)
