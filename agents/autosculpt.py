@@ -9,9 +9,9 @@ missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), 
 - it warms up in imagination, on episodes judged by the error table, before the first trial;
 - later episodes are judged by a belief that every record corrects; plans already evaluated count as they were;
 - each round evaluates the most promising of the policy's own plans, its greedy decode, and plans bred in imagination:
-  generation by generation the policy decides a few sites of the most promising ones anew, and two of their sites are
-  set to any other options; once from all that is known and once from plans drawn at random, because a policy that has
-  made up its mind finds no other way.
+  generation by generation the policy decides a few sites of the most promising ones anew, and one or two of their
+  sites are set to any options; once from all that is known and once from plans drawn at random, because a policy
+  that has made up its mind finds no other way.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from graphprune.agents.encoder import ALL, PairPolicy, Sight
 from graphprune.agents.episodes import Episodes
 from graphprune.agents.policies import Learner, Weights, adopt, read_policy, weights_of
 from graphprune.environment import Observer, reward
-from graphprune.problem import ROUNDING, Choices, Problem
+from graphprune.problem import Choices, Problem
 from graphprune.randomness import seeded
 
 EPISODES = 64
@@ -250,7 +250,7 @@ class Search:
     def _legal(self, plans: Vectors) -> Vectors:
         """Those of some plans [N, sites] that meet the target, in their canonical form."""
         whole = np.array([self.problem.canonical(plan) for plan in plans.tolist()], dtype=np.int64)
-        return whole[self.problem.overruns(whole) <= 1.0 + ROUNDING]
+        return whole[self.problem.all_feasible(whole)]
 
     def decode(self, anchors: Vectors, greedy: bool, curiosity: float = CURIOSITY) -> Vectors:
         """Let the policy decide the open sites (-1) of `anchors` [N, sites]; what then meets the target comes back.

@@ -2,7 +2,7 @@
 
 He et al. 2018 (AMC, arXiv 1802.03494) embed a layer by its index, shape, stride, FLOPs, what is reduced already, what
 the rest could still reduce, and the action before. Ours: the model graph's features at the site's node, what its
-patterns are, exact figures of the error and cost tables given what is decided, how far the action wall lets it go,
+patterns are, figures of the error and cost tables given what is decided, how far the action wall lets it go,
 and the ratio that was executed before. Its size does not depend on the model, so one policy serves any.
 """
 

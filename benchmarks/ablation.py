@@ -28,7 +28,7 @@ from equal_latency import Dense, Finder, Row, Rows, with_new_norms
 from torch import nn
 
 from graphprune.agents.dp import EXPONENTS, Solver
-from graphprune.calibration import Statistics, calibrate
+from graphprune.calibration import Statistics
 from graphprune.candidates import Candidates
 from graphprune.counting import count
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
@@ -40,7 +40,7 @@ from graphprune.profile import Profile
 from graphprune.record import Share
 from graphprune.registry import chosen_patterns, patterns
 from graphprune.repair import FINE, make_reference
-from graphprune.sensitivity import sensitivities
+from graphprune.sensitivity import calibrated
 
 matplotlib.use("Agg")
 
@@ -128,13 +128,6 @@ class Tables:
         """What the plan does, one line for each site."""
         plan = self.solver.problem.plan(choices)
         return [f"{choice.site}: {choice.pattern} {choice.level}" for choice in plan.choices]
-
-
-def known_of(dense: Dense) -> Statistics:
-    """What calibration tells of a model, as a search has it."""
-    statistics = calibrate(dense.graph, dense.task.calibration)
-    statistics.weights = sensitivities(dense.graph, statistics, dense.task.calibration)
-    return statistics
 
 
 @dataclass(frozen=True)
@@ -251,7 +244,7 @@ def work(name: str, options: argparse.Namespace, rows: Rows) -> None:
         if method == RIVAL:
             new = rival_rows(dense, options)
         else:
-            statistics = statistics or known_of(dense)
+            statistics = statistics or calibrated(dense.graph, dense.task.calibration)
             new = pattern_rows(dense, method, options, statistics)
         for fresh in new:
             if not rows.has(**{key: fresh[key] for key in ("model", "method", "compensated", "point")}):

@@ -18,7 +18,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from ablation import Tables, known_of
+from ablation import Tables
 from common import RESULTS, result_file
 from equal_latency import Dense, Row, Rows
 from torch import Tensor, fx, nn
@@ -28,6 +28,7 @@ from graphprune.exported import cut_program, plain_module
 from graphprune.graph import Layer
 from graphprune.machine import environment
 from graphprune.repair import FINE, PULL, QUICK, Effort, Reference, Solver, make_reference
+from graphprune.sensitivity import calibrated
 from graphprune.task import Task
 
 matplotlib.use("Agg")
@@ -148,7 +149,7 @@ def work(name: str, options: argparse.Namespace, rows: Rows) -> None:
         return
     dense = Dense.load(name, options.weights_dir, options.data)
     dense = replace(dense, task=Task.load(f"cifar10:{options.data}", validation=options.validation))
-    tables = Tables.build(dense, None, known_of(dense))
+    tables = Tables.build(dense, None, calibrated(dense.graph, dense.task.calibration))
     assert tables is not None, "nothing can be cut"
     choices = tables.at(options.limit)
     assert choices is not None, "no plan is so fast"

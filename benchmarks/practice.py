@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphprune as gp
-from graphprune.calibration import calibrate
 from graphprune.candidates import Candidates
 from graphprune.cifar import BasicBlock
 from graphprune.counting import count
@@ -30,7 +29,7 @@ from graphprune.profile import Profile
 from graphprune.randomness import seeded
 from graphprune.registry import chosen_patterns
 from graphprune.search import Session, corrected, latency_cost
-from graphprune.sensitivity import sensitivities
+from graphprune.sensitivity import calibrated
 
 CALIBRATION = 192
 """Images; few, because random networks need no fine scores."""
@@ -205,9 +204,7 @@ def problem(seed: int, model: nn.Module, task: gp.Task) -> Problem:
     """The problem of a network under machine `seed`, with all three costs; its limits mean nothing yet."""
     graph = gp.trace(model, task.example_inputs)
     images = torch.cat(task.calibration)[:CALIBRATION]
-    statistics = calibrate(graph, images.split(64))
-    statistics.weights = sensitivities(graph, statistics, images.split(64))
-    candidates = Candidates(graph, Machine(seed), chosen_patterns(None), statistics)
+    candidates = Candidates(graph, Machine(seed), chosen_patterns(None), calibrated(graph, images.split(64)))
     candidates.collect()
     counts = count(model, task.example_inputs)
     saving = float(np.random.default_rng([seed, 3]).uniform(0.75, 1.0))  # as whole models correct a search's latency

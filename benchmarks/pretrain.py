@@ -10,8 +10,8 @@ is the mean of the weights over about the last `MEMORY` updates.
 
 Resumable: problems are kept in WORK as they are built, weights and Adam's state every `EVERY` updates. WORK/log.jsonl
 gets, each time, how the policy does on held-out problems without a warm-up: its greedy plan, the best by the table of a
-batch of draws, and the best of what is bred from them, which is what the agent tries first: the geometric mean of the
-table error over the least of `dp`, `uniform` and `magnitude`, and how often what is bred beats the last two.
+batch of draws, and the best of what is bred from such draws, which is what the agent tries first: the geometric mean
+of the table error over the least of `dp`, `uniform` and `magnitude`, and how often what is bred beats the last two.
 """
 
 import argparse

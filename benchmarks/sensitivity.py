@@ -31,12 +31,13 @@ from graphprune.machine import environment
 from graphprune.problem import Choices, Problem
 from graphprune.registry import chosen_patterns
 from graphprune.search import Session, latency_cost
-from graphprune.sensitivity import POWER, sensitivities
+from graphprune.sensitivity import POWER
 
 matplotlib.use("Agg")
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """0 counts the errors of all layers alike."""
+Weights = dict[tuple[str, str], float]
 SHARES = (0.7, 0.6, 0.5, 0.45, 0.4, 0.35)
 
 
@@ -51,17 +52,17 @@ def arguments() -> argparse.Namespace:
     return made.parse_args()
 
 
-def to_the_power(weights: dict[str, float], power: float, layers: set[str]) -> dict[str, float]:
+def to_the_power(weights: Weights, power: float, layers: set[str]) -> Weights:
     """The weights as they would be with another `POWER`; their mean over the layers is 1."""
     raised = {name: weight ** (power / POWER) for name, weight in weights.items()}
-    mean = np.mean([raised[name] for name in raised.keys() & layers])
+    mean = np.mean([value for (node, _), value in raised.items() if node in layers])
     return {name: float(weight / mean) for name, weight in raised.items()}
 
 
 class Tables:
     """The tables of one way to weight."""
 
-    def __init__(self, session: Session, weights: dict[str, float]) -> None:
+    def __init__(self, session: Session, weights: Weights) -> None:
         self.session = session
         known = session.candidates.statistics
         statistics = Statistics(known, known.branches, known.scores)
@@ -101,7 +102,7 @@ def work(name: str, options: argparse.Namespace, rows: Rows) -> None:
         return
     session = prepared(name, options)
     statistics = session.candidates.statistics
-    weights = sensitivities(session.graph, statistics, session.task.calibration)
+    weights = statistics.weights
     layers = {layer.node for layer in session.graph.layers}
     made = {power: Tables(session, to_the_power(weights, power, layers)) for power in POWERS}
     found: list[tuple[Tables, Choices, float]] = []
@@ -109,12 +110,12 @@ def work(name: str, options: argparse.Namespace, rows: Rows) -> None:
         for share in SHARES:
             choices = tables.plan(share)
             assert choices is not None, "no plan is so fast"
-            known = [row["accuracy"] for row in rows.rows if (row["model"], row["share"]) == (name, share) and
-                     row["power"] == power]  # fmt: skip
+            own = {"model": name, "power": power, "share": share, "choices": list(choices)}
+            known = [row["accuracy"] for row in rows.rows if own.items() <= row.items()]
             accuracy = known[0] if known else tables.accuracy(choices)
             found.append((tables, choices, accuracy))
-            if not rows.has(model=name, power=power, share=share):
-                rows.add({"model": name, "power": power, "share": share, "accuracy": accuracy, "choices": choices})
+            if not known:
+                rows.add({**own, "accuracy": accuracy})
                 print(f"{name} to the power of {power}: {accuracy:.1%} at {share}", flush=True)
     accuracies = [accuracy for *_, accuracy in found]
     taus = {}

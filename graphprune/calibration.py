@@ -23,6 +23,8 @@ LEAST_ROWS = 16384
 """Input vectors kept of each layer, spread evenly over images: enough for its moments to settle."""
 
 
+CUTS = CHANNELS, KERNEL = "channels", "kernel"
+"""What may be cut of a layer's inputs; where a node is no convolution, all that is cut of it counts as channels."""
 WIDE = 256
 """Features from which half of a Gram matrix is mirrored; below that smaller products cost more than they save."""
 
@@ -60,8 +62,8 @@ class Statistics(dict[str, Moments]):
     `branches` holds, by the node of its addition, E|branch|^2 / E|sum|^2 of each residual branch. `scores` holds, by
     the node of an attention product, the sum over images and heads of E[s s^T] [width, width] over pairs of tokens,
     where s_j = q_j k_j is what column j of queries and keys adds to a score, keys around their mean (softmax takes up
-    what all tokens share; masks are not looked at). `weights` says by the same nodes how much an error there matters
-    to the network's output (`graphprune.sensitivity`).
+    what all tokens share; masks are not looked at). `weights` says by the same nodes, and by what is cut there (one of
+    `CUTS`), how much an error matters to the network's output (`graphprune.sensitivity`).
     """
 
     def __init__(
@@ -70,11 +72,12 @@ class Statistics(dict[str, Moments]):
         super().__init__(moments)
         self.branches = dict(branches)
         self.scores = dict(scores or {})
-        self.weights: dict[str, float] = {}
+        self.weights: dict[tuple[str, str], float] = {}
 
-    def weight(self, node: str) -> float:
+    def weight(self, node: str, cut: str = CHANNELS) -> float:
         """How much an error at a node counts; 1 where nothing is known, which is the mean of all layers."""
-        return self.weights.get(node, 1.0)
+        known = [self.weights[node, kind] for kind in (cut, *CUTS) if (node, kind) in self.weights]
+        return known[0] if known else 1.0
 
 
 def calibrate(
@@ -89,7 +92,7 @@ def calibrate(
     module = plain_module(graph.exported).eval()
     layers = {layer.node: layer for layer in graph.layers if layer.weight}
     images = sum(len(batch) for batch in batches)
-    rows = {name: max(LEAST_ROWS, ROWS_PER_FEATURE * _features(layer)) for name, layer in layers.items()}
+    rows = {name: max(LEAST_ROWS, ROWS_PER_FEATURE * features_of(layer)) for name, layer in layers.items()}
     per_image = {name: -(-wanted // images) for name, wanted in rows.items()}
     products = {score_node(graph, layer): layer.node for layer in graph.layers if _has_free_width(graph, layer)}
     skips = {branch.node: branch.skip for branch in graph.branches}
@@ -117,7 +120,8 @@ def _has_free_width(graph: ModelGraph, layer: Layer) -> bool:
     return layer.widths is not None and any(not graph.atom_frozen[atom] for atom in layer.widths[0].atoms())
 
 
-def _features(layer: Layer) -> int:
+def features_of(layer: Layer) -> int:
+    """How many features an input vector of a layer has, in each of its groups."""
     operator = layer.operator
     if isinstance(operator, Convolution):
         return operator.inputs // operator.groups * operator.kernel[0] * operator.kernel[1]
@@ -212,6 +216,7 @@ def vectors(source: Tensor, operator: Operator, positions: Tensor) -> Tensor:
     the other way round: `by_tap` and `by_channel` translate), so that whole pixels are copied; else [N, ..., inputs].
     """
     if not isinstance(operator, Convolution):
+        source = torch.atleast_2d(source)  # a table that is computed from parameters may have no batch axis
         flat = source.reshape(len(source), -1, source.shape[-1])[:, positions]
         return flat.reshape(1, -1, source.shape[-1])
     top, left, bottom, right = (max(end, 0) for end in operator.padding)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from graphprune.axes import Indices
-from graphprune.calibration import Statistics
+from graphprune.calibration import CHANNELS, KERNEL, Statistics
 from graphprune.cases import operators
 from graphprune.compensation import Consumer, ScoreProduct, filter_errors, rank_units, score_error, solve
 from graphprune.cuts import Cuts, checked, join
@@ -199,9 +199,7 @@ class Candidates:
             sites = [number for number in self._touching(layer) if self._matters(self.sites[number], layer)]
             known = layer.node in self.statistics or layer.node in self.statistics.scores
             if known and any(self.sites[number].branch is None for number in sites):
-                weight = self.statistics.weight(layer.node)
-                for factor in self._factors(layer, sites, lambda cuts, layer=layer: self._layer_error(layer, cuts)):  # type: ignore[misc]
-                    factors.append(Factor(factor.sites, weight * factor.table))
+                factors += self._factors(layer, sites, lambda cuts, layer=layer: self._weighted_error(layer, cuts))  # type: ignore[misc]
         return _sum(0.0, factors + self._uncalibrated(factors))
 
     def _own_errors(self) -> list[Factor]:
@@ -223,6 +221,14 @@ class Candidates:
             return site.atom in layer.widths[0].atoms()
         dense = layer.groups is None
         return site.kind == "kernel" or (dense and site.atom in layer.inputs.atoms())
+
+    def _weighted_error(self, layer: Layer, cuts: Cuts) -> float:
+        """The layer's error, by the weight of what is cut of it; where that is both kinds, by the mean."""
+        kinds = [KERNEL] if layer.node in {*cuts.windows, *cuts.mixes} else []
+        if layer.node in cuts.groups or (layer.groups is None and layer.inputs.atoms() & cuts.keep.keys()):
+            kinds.append(CHANNELS)
+        weights = [self.statistics.weight(layer.node, kind) for kind in kinds or [CHANNELS]]
+        return sum(weights) / len(weights) * self._layer_error(layer, cuts)
 
     def _layer_error(self, layer: Layer, cuts: Cuts) -> float:
         if cuts.drops(layer):  # what the branch was worth is the branch's own error

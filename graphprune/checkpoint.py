@@ -62,7 +62,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def read_result(folder: str | Path) -> dict[str, Any]:
-    """The saved facts: `spec`, `record`, `dense_record`, `target`, `met`, `notes`, `history`, `rivals`, `environment`.
+    """The saved facts: `spec`, `record`, `dense_record`, `searched` (None where no search made the result), `target`,
+    `met`, `notes`, `history`, `rivals`, `environment`.
 
     Records are `Record` values. Raises InputError, one line, for a file that is missing, damaged or of another format.
     """
@@ -75,6 +76,8 @@ def read_result(folder: str | Path) -> dict[str, Any]:
             raise TypeError("a field has the wrong type")
         for name in ("record", "dense_record"):
             body[name] = Record.from_json(json.dumps(body[name]))
+        searched = body.get("searched")
+        body["searched"] = None if searched is None else Record.from_json(json.dumps(searched))
         body["rivals"] = {agent: Record.from_json(json.dumps(record)) for agent, record in body["rivals"].items()}
     except InputError:
         raise
@@ -89,6 +92,7 @@ def _body(result: Result) -> dict[str, Any]:
         "spec": models.architecture(result.spec),
         "record": json.loads(result.record.to_json()),
         "dense_record": json.loads(result.dense_record.to_json()),
+        "searched": None if result.searched is None else json.loads(result.searched.to_json()),
         "rivals": {agent: json.loads(record.to_json()) for agent, record in result.rivals.items()},
         "target": {name: bound for name, bound in asdict(result.target).items() if bound is not None},
         "met": result.met,

@@ -127,6 +127,7 @@ def restore(folder: Path, spec: str | None = None, weights: Path | None = None) 
         notes=tuple(facts["notes"]),
         history=tuple((int(epoch), loss, accuracy) for epoch, loss, accuracy in facts["history"]),
         rivals=facts["rivals"],
+        searched=facts["searched"],
     )
 
 

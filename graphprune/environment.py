@@ -51,17 +51,16 @@ class Prices:
 
     def __init__(self, problem: Problem) -> None:
         steps = [(site, *step) for site in range(len(problem.decisions)) for step in _hull(problem, site)]
-        sites, saved, rates = np.array(sorted(steps, key=lambda step: step[2]), dtype=np.float64).reshape(-1, 3).T
-        self._rates = [rates[sites >= site] for site in range(len(problem.decisions))]
-        self._totals = [saved[sites >= site].cumsum() for site in range(len(problem.decisions))]
+        sites, self._saved, self._rates = np.array(sorted(steps, key=lambda step: step[2])).reshape(-1, 3).T
+        self._sites = sites.astype(np.int64)
 
-    def __call__(self, pressures: NDArray[np.float64], site: int) -> NDArray[np.float64]:
-        """The prices [N] at which `site` and those after it save a share [N] of what they can: 0 where it is 0."""
-        if site >= len(self._rates) or not len(self._rates[site]):
+    def __call__(self, pressures: NDArray[np.float64], open_sites: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """The prices [N] at which the open sites [N, sites] save a share [N] of what they can: 0 where it is 0."""
+        if not len(self._rates):
             return np.zeros(len(pressures))
-        totals = self._totals[site]
-        steps = np.searchsorted(totals, pressures * totals[-1]).clip(max=len(totals) - 1)
-        return np.where(pressures > 0, self._rates[site][steps], 0.0)
+        totals = np.where(open_sites[:, self._sites], self._saved, 0.0).cumsum(axis=1)
+        enough = totals >= pressures[:, None] * totals[:, -1:]
+        return np.where((pressures > 0) & (totals[:, -1] > 0), self._rates[enough.argmax(axis=1)], 0.0)
 
 
 def _hull(problem: Problem, site: int) -> Iterator[tuple[float, float]]:
@@ -122,7 +121,7 @@ class Observer:
         cheapest = np.where(decided >= 0, decided, self._cheapest)
         high, low = (np.minimum(self.problem.overruns(choices), NEVER) for choices in (dense, cheapest))
         pressure = np.clip((high - 1) / np.maximum(high - low, 1e-6), 0, 1)
-        prices = self._prices(pressure, site) * self._unit / self._scale
+        prices = self._prices(pressure, decided < 0) * self._unit / self._scale
         options = np.zeros((count, self.options, OPTION_FEATURES), dtype=np.float32)
         if site < self.sites:
             values = self._option_features(dense, cheapest, site, prices)

@@ -69,7 +69,10 @@ class Pattern(ABC):
         return tuple(sorted(int(index) for index in best))
 
     def error(self, site: Site, keep: tuple[int, ...], statistics: Statistics) -> float | None:
-        """A relative error of the pattern's own; None where the layers that read what is cut tell all of it."""
+        """A relative error of the pattern's own; None where the layers that read what is cut tell all of it.
+
+        It counts by the weight of the branch's sum, or of the site's layer (`graphprune.sensitivity`).
+        """
         return None
 
     def legal(self, graph: ModelGraph, site: Site, profile: Profile) -> tuple[Level, ...]:

@@ -150,6 +150,10 @@ class Problem:
         """Whether the target is met, by prediction."""
         return self.overrun(choices) <= 1.0 + ROUNDING
 
+    def all_feasible(self, choices: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """`feasible` of many choice vectors [N, sites] at once: [N]."""
+        return np.asarray(self.overruns(choices) <= 1.0 + ROUNDING)
+
     def overruns(self, choices: NDArray[np.int64]) -> Floats:
         """`overrun` of many choice vectors [N, sites] at once: [N]."""
         shares = [self.costs[name].batch(choices) / limit for name, limit in self.limits.items()]

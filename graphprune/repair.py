@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from graphprune.calibration import by_channel, by_tap, gram, positions_of, vectors
+from graphprune.calibration import by_channel, by_tap, features_of, gram, positions_of, vectors
 from graphprune.cuts import Cuts
 from graphprune.exported import cut_program, plain_module
 from graphprune.graph import Layer, ModelGraph
 from graphprune.operators import Mixture, Operator
 from graphprune.tracing import operator_name
 
-LARGEST_ACTIVATION = 2**17
-"""Elements of the largest activation of one pass, for each image: they are fewer where a model is large."""
+USUAL_ACTIVATION = 2**17
+"""Elements of the largest activation of an image up to which all images are used: of larger ones there are fewer."""
 LARGEST_REFERENCE = 2**29
-"""Elements of the dense outputs that are kept: rows are fewer where a model is large."""
+LARGEST_INPUTS = 2**28
+"""Elements of the dense outputs that are kept, and of one layer's input vectors: beyond that there are fewer rows."""
 PULL = 1e-2
 """Strength of the pull towards the sliced weights, as a share of the mean second moment."""
 
@@ -58,13 +59,14 @@ class Reference:
 
 @torch.no_grad()
 def make_reference(graph: ModelGraph, batches: Sequence[Tensor], effort: Effort = QUICK) -> Reference:
-    """Run the dense model on the first calibration images. `batches` are input batches [N, ...]."""
+    """Run the dense model on the first calibration images, at most `effort` of them. `batches` are inputs [N, ...]."""
     largest = max((_elements(node.shape) for node in graph.nodes), default=1)
-    count = max(8, min(effort.images, effort.images * LARGEST_ACTIVATION // largest))
+    count = max(8, min(effort.images, effort.images * USUAL_ACTIVATION // largest))
     chosen = torch.cat([batch[:count] for batch in batches[: -(-count // len(batches[0]))]])[:count]
     random = torch.Generator().manual_seed(0)
     layers = [layer for layer in graph.layers if layer.weight]
-    rows = min(effort.rows, LARGEST_REFERENCE // max(1, sum(layer.outputs.size for layer in layers)))
+    kept, widest = sum(layer.outputs.size for layer in layers), max(map(features_of, layers), default=1)
+    rows = min(effort.rows, LARGEST_REFERENCE // max(1, kept), LARGEST_INPUTS // widest)
     per_image = max(1, rows // len(chosen))
     positions = {layer.node: positions_of(layer, per_image, random) for layer in layers}
     recorder = _Recorder(plain_module(graph.exported).eval(), positions)
@@ -93,6 +95,7 @@ class _Recorder(fx.Interpreter):
 
 def sampled(value: Tensor, channels_last: bool, positions: Tensor) -> Tensor:
     """Outputs [rows, channels] at the sampled positions of each image."""
+    value = torch.atleast_2d(value)
     flat = value.reshape(len(value), -1, value.shape[-1]) if channels_last else value.flatten(2).transpose(1, 2)
     return flat[:, positions].reshape(-1, flat.shape[-1])
 

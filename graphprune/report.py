@@ -144,7 +144,9 @@ def _bounds(result: Result, share: Share | None) -> list[Bound]:
 
 
 def _searched(result: Result) -> Record:
-    """What the search found, before any fine-tuning: the trial with the chosen plan."""
+    """What the search ended with, before any fine-tuning; where that is not known, the trial with the chosen plan."""
+    if result.searched is not None:
+        return result.searched
     same = [record for record in result.records if record.plan == result.plan and record.accuracy is not None]
     return same[-1] if same else result.record
 

@@ -14,7 +14,8 @@ from graphprune.target import Target
 class Result:
     """The pruned model and all that is known about it.
 
-    `record` describes `model`, `dense_record` the model before; `records` are all trials of the search in order.
+    `record` describes `model`, `dense_record` the model before; `records` are all trials of the search in order, and
+    `searched` is what it ended with: `record` before any fine-tuning, repaired with more effort than the trials.
     `spec` is the spec string of the dense model, empty for a module the user built. `met` says whether the measured
     (or counted) value meets the target; `notes` are lines for people (a fallback taken, a figure missed).
     `rivals` holds the best records of other agents on the same problem, by agent name.
@@ -34,5 +35,6 @@ class Result:
     history: tuple[tuple[int, float, float], ...] = ()
     """Fine-tuning: (epoch, training loss, validation accuracy)."""
     rivals: dict[str, Record] = field(default_factory=dict)
+    searched: Record | None = None
     study: str = ""
     """Where all trials are stored (an Optuna storage URL), empty when they were kept in memory."""

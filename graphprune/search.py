@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from graphprune import engines, models
-from graphprune.calibration import calibrate
 from graphprune.candidates import Candidates
 from graphprune.counting import count
 from graphprune.engines.base import Engine
@@ -38,7 +37,7 @@ from graphprune.registry import chosen_patterns
 from graphprune.repair import FINE, make_reference
 from graphprune.result import Result
 from graphprune.routes import Route
-from graphprune.sensitivity import sensitivities
+from graphprune.sensitivity import calibrated
 from graphprune.study import Study, label
 from graphprune.surgery import remember
 from graphprune.target import Target
@@ -141,8 +140,7 @@ class Session:
             environment=environment(),
         )  # fmt: skip
         progress("trace", 1, 1, f"{len(graph.nodes)} operators, {len(graph.all_sites)} sites")
-        statistics = calibrate(graph, task.calibration, lambda done, total: progress("calibrate", done, total, ""))
-        statistics.weights = sensitivities(graph, statistics, task.calibration)
+        statistics = calibrated(graph, task.calibration, lambda done, total: progress("calibrate", done, total, ""))
         profile = Profile(engine)
         candidates = Candidates(graph, profile, allowed, statistics)
         candidates.collect(lambda done, total: progress("profile", done, total, "operators"))
@@ -281,13 +279,15 @@ class Session:
         if not seen:
             raise StepError(f"no plan of {agent} could be verified: {failures[0]}")
         excess, record, pruned, route = seen[-1] if seen[-1][0] <= 0 else min(seen, key=lambda entry: entry[0])
+        record = replace(record, accuracy=self.task.accuracy(pruned), images=0)
         return Result(
             pruned, self.module, self.graph, record.plan, record, self.dense, self.target,
             records=tuple(problem.records), met=excess <= 0, notes=tuple(self._notes(record, excess, route)),
+            searched=record,
         )  # fmt: skip
 
     def _verified(self, record: Record, evaluator: Evaluator) -> tuple[float, Record, nn.Module, Route]:
-        """By how much the worst bound is missed, the record of the finely repaired model, and that model."""
+        """By how much the worst bound is missed, the record with the new measurement, and the finely repaired model."""
         cuts = self.candidates.cuts(self._choices(record.plan))
         bench = self.finer.settled(cuts)
         pruned = bench.build(cuts)
@@ -296,7 +296,7 @@ class Session:
             exported = onnx_bytes(pruned, self.task.example_inputs)  # the file that will be delivered
             measured = evaluator.measure(exported, VERIFY_ROUNDS, fresh=engines.settings_of(self.engine) is not None)
             self.study.keep_verified(replace(record, measured=measured))
-        checked = replace(record, measured=measured, accuracy=self.task.accuracy(pruned))
+        checked = replace(record, measured=measured)
         excess = max(self._excess(checked).values())
         return excess, replace(checked, feasible=excess <= 0), pruned, bench.route
 

@@ -4,21 +4,22 @@ A relative error of 10 % is nothing in one layer and the end of the network in a
 typical errors, those that the least-squares solution leaves when half of its channels or all but the middle of its
 kernel is cut, and one backward pass of random projections v of the outputs tells to first order how large an error of
 the output each of them is: E[(v . J d)^2] = |J d|^2 for v ~ N(0, 1) (Hutchinson 1989). Taking the error itself and
-not noise of its size matters: errors are alike at neighbouring pixels, which pooling does not average out.
+not noise of its size matters: errors are alike at neighbouring pixels, which pooling does not average out. Errors of
+cut channels and of cut kernels are weighted apart.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from graphprune.calibration import Moments, Statistics, score_node
+from graphprune.calibration import CHANNELS, KERNEL, Moments, Statistics, calibrate, score_node
 from graphprune.compensation import score_error, solve
 from graphprune.exported import plain_module
 from graphprune.graph import Layer, ModelGraph
@@ -29,25 +30,39 @@ POWER = 0.75
 """The weights are raised to it: layers that come later are solved again and take up a part of what reaches them, so
 first order says too much (`benchmarks/sensitivity.py`)."""
 LARGEST_PASS = 2**27
-"""Elements of all activations of one pass: the batches are smaller where a model is large."""
+"""Elements of all activations and errors of one pass: the batches are smaller where a model is large."""
+Name = tuple[str, str]
 Call = tuple[fx.Node, tuple[Any, ...], dict[str, Any], Tensor]
 """A node with its arguments and its value."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A typical error of the layer or branch `name`: its relative size, and the error itself at a call of its node."""
+    """A typical error of the layer or branch `name`: its relative size, and the error itself at a call of its node.
 
-    name: str
+    A name is a node and what is cut there.
+    """
+
+    name: Name
     error: float
     difference: Callable[[Call], Tensor]
 
 
-def sensitivities(graph: ModelGraph, statistics: Statistics, batches: Sequence[Tensor]) -> dict[str, float]:
-    """By the node of a layer, or of a residual addition, how much a relative error of 1 there changes the output.
+def calibrated(
+    graph: ModelGraph, batches: Sequence[Tensor], progress: Callable[[int, int], None] | None = None
+) -> Statistics:
+    """The statistics of a model with the weights of their errors. `batches` are input batches [N, ...]."""
+    statistics = calibrate(graph, batches, progress)
+    statistics.weights = sensitivities(graph, statistics, batches)
+    return statistics
+
+
+def sensitivities(graph: ModelGraph, statistics: Statistics, batches: Sequence[Tensor]) -> dict[Name, float]:
+    """By the node of a layer or of a residual addition, and by what is cut there, how much an error changes the output.
 
     The mean over the layers is 1. `batches` are input batches [N, ...], of which the first `IMAGES` images are used.
-    Empty where the network cannot be differentiated (integers as input, an operator without a gradient).
+    What the images do not reach (tables computed from parameters alone) is left out; all is where the network cannot
+    be differentiated (integers as input, an operator without a gradient).
     """
     images = torch.cat(list(batches[: -(-IMAGES // len(batches[0]))]))[:IMAGES]
     probes = list(_probes(graph, statistics))
@@ -57,7 +72,7 @@ def sensitivities(graph: ModelGraph, statistics: Statistics, batches: Sequence[T
     for node, probe in probes:
         at[node].append(probe)
     prober = _Prober(plain_module(graph.exported).eval(), at)
-    each = sum(prod(node.shape) for node in graph.nodes)
+    each = sum(prod(node.shape) * (1 + len(at.get(node.name, ()))) for node in graph.nodes)
     with suppress(RuntimeError, NotImplementedError):  # what torch raises where there is no gradient
         for part in images.split(max(1, LARGEST_PASS // max(each, 1))):
             prober.probe(part)
@@ -65,14 +80,14 @@ def sensitivities(graph: ModelGraph, statistics: Statistics, batches: Sequence[T
     return {}
 
 
-def _weights(caused: Mapping[str, float], probes: Sequence[Probe], layers: set[str]) -> dict[str, float]:
-    known: dict[str, float] = defaultdict(float)
+def _weights(caused: Mapping[Name, float], probes: Sequence[Probe], layers: set[str]) -> dict[Name, float]:
+    known: dict[Name, float] = defaultdict(float)
     for probe in probes:
         known[probe.name] += probe.error
-    raised = {name: (max(caused[name], 0.0) / error) ** POWER for name, error in known.items() if error > 0}
-    of_layers = [value for name, value in raised.items() if name in layers]
+    raised = {name: (caused[name] / error) ** POWER for name, error in known.items() if name in caused and error > 0}
+    of_layers = [value for (node, _), value in raised.items() if node in layers]
     mean = sum(of_layers) / max(len(of_layers), 1)
-    return {name: value / mean for name, value in raised.items()} if mean else {}
+    return {name: value / mean for name, value in raised.items()} if mean and isfinite(mean) else {}
 
 
 # --- typical errors ------------------------------------------------------------------------------------------------
@@ -83,29 +98,30 @@ def _probes(graph: ModelGraph, statistics: Statistics) -> Iterator[tuple[str, Pr
     for layer in graph.layers:
         if layer.node in statistics:
             moments = statistics[layer.node]
-            yield from ((layer.node, _weight_probe(layer.node, moments, kept)) for kept in typical(layer, moments))
+            for cut, kept in typical(layer, moments):
+                yield layer.node, _weight_probe((layer.node, cut), moments, kept)
         if layer.node in statistics.scores:
-            yield score_node(graph, layer), _score_probe(layer.node, statistics.scores[layer.node])
+            yield score_node(graph, layer), _score_probe((layer.node, CHANNELS), statistics.scores[layer.node])
     for branch in graph.branches:
         share = statistics.branches.get(branch.node, 0.0)
-        yield branch.node, Probe(branch.node, share, _branch(branch.skip))
+        yield branch.node, Probe((branch.node, CHANNELS), share, _branch(branch.skip))
 
 
-def typical(layer: Layer, moments: Moments) -> Iterator[Tensor]:
+def typical(layer: Layer, moments: Moments) -> Iterator[tuple[str, Tensor]]:
     """Features that a cut may leave: the larger half of the channels; the middle column and row of the kernel."""
     kernel = layer.operator.kernel if isinstance(layer.operator, Convolution) else (1, 1)
     energy = moments.weight.square().sum((0, 1)) * torch.diagonal(moments.second, dim1=1, dim2=2).sum(0)
     features = torch.arange(len(energy)).reshape(-1, *kernel)
     if len(features) > 1:
         strongest = energy.reshape(len(features), -1).sum(1).argsort(descending=True)[: len(features) // 2]
-        yield features[strongest.sort().values].reshape(-1)
+        yield CHANNELS, features[strongest.sort().values].reshape(-1)
     if kernel[1] > 1:
-        yield features[:, :, kernel[1] // 2].reshape(-1)
+        yield KERNEL, features[:, :, kernel[1] // 2].reshape(-1)
     if kernel[0] > 1:
-        yield features[:, kernel[0] // 2].reshape(-1)
+        yield KERNEL, features[:, kernel[0] // 2].reshape(-1)
 
 
-def _weight_probe(name: str, moments: Moments, kept: Tensor) -> Probe:
+def _weight_probe(name: Name, moments: Moments, kept: Tensor) -> Probe:
     best, error = solve(moments, kept)
     change = -moments.weight
     change[..., kept] += best
@@ -123,7 +139,7 @@ def _weight_probe(name: str, moments: Moments, kept: Tensor) -> Probe:
     return Probe(name, error, difference)
 
 
-def _score_probe(name: str, moments: Tensor) -> Probe:
+def _score_probe(name: Name, moments: Tensor) -> Probe:
     """Without the weaker half of the columns of queries and keys."""
     gone = torch.zeros(len(moments), dtype=torch.bool)
     gone[torch.diagonal(moments).argsort()[: len(moments) // 2]] = True
@@ -140,8 +156,8 @@ def _branch(skip: str) -> Callable[[Call], Tensor]:
     """What a residual branch adds."""
 
     def difference(call: Call) -> Tensor:
-        node, (first, second, *_), _, _ = call
-        branch: Tensor = second if node.args[0].name == skip else first  # type: ignore[union-attr]
+        node, (_, second, *_), _, value = call  # the first operand may have become the sum, in place
+        branch: Tensor = second if node.args[0].name == skip else value - second  # type: ignore[union-attr]
         return branch
 
     return difference
@@ -153,7 +169,7 @@ class _Prober(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, probes: Mapping[str, Sequence[Probe]]) -> None:
         super().__init__(module)
         self.probes = probes
-        self.caused: dict[str, float] = defaultdict(float)
+        self.caused: dict[Name, float] = defaultdict(float)
         self.random = torch.Generator().manual_seed(0)
         self.images = 0
 
@@ -162,20 +178,23 @@ class _Prober(fx.Interpreter):
         self.images = len(images)
         with torch.enable_grad():
             source = images.detach().requires_grad_()
-            outputs = [x for x in tree_leaves(self.run(source)) if isinstance(x, Tensor) and x.requires_grad]
+            found = self.run(source.clone())  # which may be written to
+            outputs = [x for x in tree_leaves(found) if isinstance(x, Tensor) and x.requires_grad]
             drawn = [torch.randn(x.shape, generator=self.random).to(x) / _size(x) for x in outputs]
             torch.autograd.grad(outputs, source, drawn)
+            self.env = {}  # the hooks hold this object: with the outputs in it, nobody would ever be freed
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        for probe in self.probes.get(n.name, ()):
+        seen = n.name in self.probes and value.requires_grad
+        for probe in self.probes[n.name] if seen else ():
             arguments, named = self.fetch_args_kwargs_from_env(n)
             with torch.no_grad():
                 difference = probe.difference((n, arguments, named, value))
             value.register_hook(lambda gradient, name=probe.name, d=difference: self._add(name, gradient, d))
         return value
 
-    def _add(self, name: str, gradient: Tensor, difference: Tensor) -> None:
+    def _add(self, name: Name, gradient: Tensor, difference: Tensor) -> None:
         products = (gradient * difference).reshape(self.images, -1).sum(1, dtype=torch.float64)
         self.caused[name] += float(products.square().sum())
 

@@ -108,7 +108,7 @@ def to_pyg(graph: ModelGraph) -> "Data":
 def graph_view(graph: ModelGraph, latency: Mapping[str, float], curves: Mapping[str, Sequence[float]]) -> GraphView:
     """What agents see of the graph: features [nodes, F] with the columns `VIEW_FEATURES`, nodes as in `graph.nodes`.
 
-    By the name of a layer's node: `latency` in seconds, `curves` with `CURVE` relative errors, each rising as more is
+    By the name of a layer's node: `latency` in seconds, `curves` with `CURVE` weighted errors, each rising as more is
     cut. What is missing counts as 0.
     """
     base = _features(graph)

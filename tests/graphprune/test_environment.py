@@ -132,7 +132,9 @@ def test_the_price_is_the_multiplier_at_which_enough_is_saved() -> None:
         whole = sum(c[0] - c.min() for _, c in tables)
         for pressure in (0.1, 0.35, 0.6, 0.9):
             enough = multipliers[np.searchsorted(saved, pressure * whole)]
-            assert prices(np.array([pressure, 0.0]), site) == pytest.approx([enough, 0.0], rel=5e-3)
+            left = np.tile(np.arange(4) >= site, (2, 1))
+            assert prices(np.array([pressure, 0.0]), left) == pytest.approx([enough, 0.0], rel=5e-3)
+    assert prices(np.ones(2), np.zeros((2, 4), dtype=np.bool_)).tolist() == [0, 0]
 
 
 def test_observations_are_sums_over_the_tables() -> None:
@@ -152,7 +154,7 @@ def test_observations_are_sums_over_the_tables() -> None:
         high, low = made.overrun((first, 0, 0)), made.overrun((first, *made.cheapest[1:]))
         assert seen["state"][row, :3] == pytest.approx([1 / 3, high, low], abs=1e-5)
         pressure = np.clip((high - 1) / (high - low), 0, 1)
-        price = Prices(made)(np.array([pressure]), 1)[0] * unit / scale
+        price = Prices(made)(np.array([pressure]), np.array([[False, True, True]]))[0] * unit / scale
         assert seen["state"][row, 4:] == pytest.approx([pressure, np.log(price + 1e-3) / 3], abs=1e-5)
         worth = price * seen["options"][row, :, 2] - seen["options"][row, :, 0]
         regret = (worth.max() - worth) / (price * seen["options"][row, :, 2].max() + 1e-3)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graphprune import repair as module
-from graphprune.calibration import positions_of
+from graphprune.calibration import features_of, positions_of
 from graphprune.cuts import Cuts, join
 from graphprune.exported import cut_program
 from graphprune.graph import ModelGraph
@@ -293,7 +293,7 @@ def test_the_reference_holds_dense_outputs_at_its_positions() -> None:
 def test_few_images_of_large_models_and_no_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     _, graph, x, _ = built("residual")
     assert torch.equal(make_reference(graph, [x[:16], x[16:]], Effort(20, 400)).images, x[:20])
-    monkeypatch.setattr(module, "LARGEST_ACTIVATION", 8 * 32)  # the largest activation is 8 channels of 8 x 8
+    monkeypatch.setattr(module, "USUAL_ACTIVATION", 8 * 32)  # the largest activation is 8 channels of 8 x 8
     assert len(make_reference(graph, [x], Effort(24, 400)).images) == 12
     assert len(make_reference(graph, [x[:5]], Effort(24, 400)).images) == 5
 
@@ -307,6 +307,9 @@ def test_as_many_rows_as_asked_for_and_as_fit_into_memory(monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "LARGEST_REFERENCE", 100 * sum(layer.outputs.size for layer in layers))
     outputs = make_reference(graph, [x], Effort(20, 400)).outputs
     assert [len(outputs[node]) for node in spatial] == [100] * len(spatial)
+    monkeypatch.setattr(module, "LARGEST_INPUTS", 60 * max(map(features_of, layers)))
+    outputs = make_reference(graph, [x], Effort(20, 400)).outputs
+    assert [len(outputs[node]) for node in spatial] == [60] * len(spatial)
 
 
 def test_sampled_rows_are_images_by_positions() -> None:
