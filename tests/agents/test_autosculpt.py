@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from graphprune.agents import create
-from graphprune.agents.autosculpt import SHIPPED, AutoSculpt, Search, fits, only_plan
+from graphprune.agents.autosculpt import AT_ONCE, SHIPPED, AutoSculpt, Search, fits, only_plan
 from graphprune.agents.encoder import Sight
 from graphprune.agents.policies import Weights, adopt, read_policy
 from graphprune.counting import count
@@ -23,7 +23,7 @@ from graphprune.registry import patterns
 from graphprune.search import Session, search
 from graphprune.target import Target
 from graphprune.views import VIEW_FEATURES
-from tests.agents.toys import accuracy_of, feasible_plans, problem
+from tests.agents.toys import accuracy_of, feasible_plans, problem, with_branch
 from tests.graphprune import tiny
 
 SEEDS = range(10)
@@ -107,6 +107,36 @@ def test_the_same_seed_rounds_alike_whatever_the_threads() -> None:
         torch.set_num_threads(threads)
     for other in weights[1:]:
         assert all(torch.equal(weight, other[name]) for name, weight in weights[0].items())
+
+
+def test_what_the_policy_decides_keeps_the_rest_and_is_legal() -> None:
+    """Of plans with some sites open: what comes back has the other sites as they were, up to branches that went."""
+    made = with_branch(limit=0.6)
+    search = Search(made, np.random.default_rng(0), None)
+    anchors = np.array([[-1, 2, 1], [0, -1, 2], [0, 1, -1], [-1, -1, -1]] * 40, dtype=np.int64)
+    plans = search.decode(anchors, greedy=False)
+    assert 0 < len(plans) <= len(anchors)
+    assert all(made.allows(plan) for plan in plans.tolist())
+    fitting = [
+        any(made.canonical(np.where(anchor < 0, plan, anchor)) == tuple(plan) for anchor in anchors[:4])
+        for plan in plans.tolist()
+    ]
+    assert all(fitting)
+
+
+def test_variations_open_few_sites_at_a_time_and_exchanges_are_legal() -> None:
+    made = problem(3, sizes=(4,) * 20, limit=0.5)
+    search = Search(made, np.random.default_rng(0), None)
+    plans = search.own_plans()
+    opened = search._opened(plans)
+    assert ((opened < 0).sum(axis=1) >= 1).all()
+    assert ((opened < 0).sum(axis=1) <= 3).all()
+    assert (opened < 0).any(axis=0).sum() == AT_ONCE
+    exchanged = search._exchanged(plans)
+    assert len(exchanged) > 50
+    assert all(made.allows(plan) for plan in exchanged.tolist())
+    near = [min((np.array(plan) != own).sum() for own in plans) for plan in exchanged.tolist()]
+    assert max(near) == 2
 
 
 def test_no_trial_is_spent_twice_on_one_plan() -> None:

@@ -91,6 +91,7 @@ def result_of(model: nn.Module, inputs: Tensor, choices: tuple[Choice, ...] = ()
     return Result(
         pruned, model, graph, plan, record, dense, Target(latency=0.5), spec=spec,
         notes=("a note",), history=((1, 0.5, 0.8),), rivals={"uniform": record},
+        searched=replace(record, accuracy=0.85),
     )  # fmt: skip
 
 
@@ -160,6 +161,7 @@ def test_the_facts_come_back(resnet: Result, folder: Path) -> None:
     assert facts["record"] == resnet.record
     assert facts["dense_record"] == resnet.dense_record
     assert facts["rivals"] == resnet.rivals
+    assert facts["searched"] == resnet.searched
     assert facts["target"] == {"latency": 0.5}
     assert facts["spec"] == SPEC
     assert (facts["notes"], facts["history"], facts["met"]) == (["a note"], [[1, 0.5, 0.8]], True)
