@@ -216,7 +216,7 @@ def vectors(source: Tensor, operator: Operator, positions: Tensor) -> Tensor:
     the other way round: `by_tap` and `by_channel` translate), so that whole pixels are copied; else [N, ..., inputs].
     """
     if not isinstance(operator, Convolution):
-        source = torch.atleast_2d(source)  # a table that is computed from parameters may have no batch axis
+        source = source if source.dim() > 1 else source[None]  # a table from parameters alone may have no batch axis
         flat = source.reshape(len(source), -1, source.shape[-1])[:, positions]
         return flat.reshape(1, -1, source.shape[-1])
     top, left, bottom, right = (max(end, 0) for end in operator.padding)

@@ -95,7 +95,7 @@ class _Recorder(fx.Interpreter):
 
 def sampled(value: Tensor, channels_last: bool, positions: Tensor) -> Tensor:
     """Outputs [rows, channels] at the sampled positions of each image."""
-    value = torch.atleast_2d(value)
+    value = value if value.dim() > 1 else value[None]
     flat = value.reshape(len(value), -1, value.shape[-1]) if channels_last else value.flatten(2).transpose(1, 2)
     return flat[:, positions].reshape(-1, flat.shape[-1])
 

@@ -73,9 +73,10 @@ def sensitivities(graph: ModelGraph, statistics: Statistics, batches: Sequence[T
         at[node].append(probe)
     prober = _Prober(plain_module(graph.exported).eval(), at)
     each = sum(prod(node.shape) * (1 + len(at.get(node.name, ()))) for node in graph.nodes)
+    count = max(1, LARGEST_PASS // max(each, 1))
     with suppress(RuntimeError, NotImplementedError):  # what torch raises where there is no gradient
-        for part in images.split(max(1, LARGEST_PASS // max(each, 1))):
-            prober.probe(part)
+        for first in range(0, len(images), count):
+            prober.probe(images[first : first + count])
         return _weights(prober.caused, [probe for _, probe in probes], {layer.node for layer in graph.layers})
     return {}
 
