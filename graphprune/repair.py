@@ -42,7 +42,7 @@ class Effort:
 QUICK = Effort(256, 2**14)
 """For the candidates of a search."""
 FINE = Effort(1024, 2**16)
-"""For what is delivered: a few points more (`benchmarks/compensation.py`), four times as slow."""
+"""For what is delivered: a point or more (`benchmarks/compensation.py`), four times as slow."""
 
 
 @dataclass(frozen=True)
