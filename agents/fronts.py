@@ -31,9 +31,7 @@ class Fronts:
         self.ratios: tuple[Floats, ...] = tuple(map(self._site, range(len(problem.decisions))))
 
     def _site(self, site: int) -> Floats:
-        dense = np.array([self.problem.dense], dtype=np.int64)
-        costs = self.problem.sweep_overruns(dense, site)[0]
-        errors = self.problem.error.sweep(dense, site, len(costs))[0]
+        costs, errors = self.problem.alone(site)
         kept = front(np.where(costs <= costs[0], costs, np.inf), errors)
         ratios = np.full(len(costs), np.nan)
         ratios[kept] = (costs[0] - costs[kept]) / max(float(costs[0] - costs[kept].min()), 1e-12)
@@ -46,8 +44,7 @@ class Fronts:
         """
         distance = np.where(legal, np.abs(self.ratios[site] - ratio), np.nan)
         if np.isnan(distance).all():
-            dense = np.array([self.problem.dense], dtype=np.int64)
-            return int(np.where(legal, self.problem.sweep_overruns(dense, site)[0], np.inf).argmin())
+            return int(np.where(legal, self.problem.alone(site)[0], np.inf).argmin())
         return int(np.nanargmin(distance))
 
     def plan(self, ratios: Sequence[float]) -> Choices:
@@ -59,12 +56,11 @@ class Fronts:
 
     def executed(self, choices: Choices) -> Floats:
         """The ratios [sites] at which a plan really stands; what is not on a front counts by what it saves alone."""
-        dense = np.array([self.problem.dense], dtype=np.int64)
         found = np.zeros(len(choices))
         for site, option in enumerate(choices):
             found[site] = self.ratios[site][option]
             if np.isnan(found[site]):
-                costs = self.problem.sweep_overruns(dense, site)[0]
+                costs, _ = self.problem.alone(site)
                 span = costs[0] - costs[~np.isnan(self.ratios[site])].min()
                 found[site] = np.clip((costs[0] - costs[option]) / max(float(span), 1e-12), 0.0, 1.0)
         return found

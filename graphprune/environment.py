@@ -65,9 +65,7 @@ class Prices:
 
 def _hull(problem: Problem, site: int) -> Iterator[tuple[float, float]]:
     """The steps (saved, rate) down the lower convex hull of a site's options, rates rising."""
-    dense = np.array([problem.dense], dtype=np.int64)
-    overruns = problem.sweep_overruns(dense, site)[0]
-    errors = problem.error.sweep(dense, site, len(overruns))[0]
+    overruns, errors = problem.alone(site)
     saved, added = overruns[0] - overruns, errors - errors[0]
     here = 0
     while (further := np.flatnonzero(saved > saved[here] + 1e-12)).size:

@@ -165,6 +165,12 @@ class Problem:
         sweeps = [self.costs[name].sweep(choices, site, options) / limit for name, limit in self.limits.items()]
         return np.asarray(np.max(sweeps, axis=0))
 
+    def alone(self, site: int) -> tuple[Floats, Floats]:
+        """The overrun and the error of every option of a site, all other sites dense: [options] each."""
+        dense = np.array([self.dense], dtype=np.int64)
+        overruns = self.sweep_overruns(dense, site)[0]
+        return overruns, self.error.sweep(dense, site, len(overruns))[0]
+
     @cached_property
     def completions(self) -> tuple[Choices, ...]:
         """Choice vectors that cost little, the cheapest first: the least that the rest of a plan may cost.

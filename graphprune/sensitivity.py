@@ -130,11 +130,8 @@ def _weight_probe(name: Name, moments: Moments, kept: Tensor) -> Probe:
 
     def difference(call: Call) -> Tensor:
         node, (source, weight, *rest), _, _ = call
-        changed, shifted = (
-            change.reshape(weight.shape).to(source.dtype),
-            None if shift is None else shift.to(source.dtype),
-        )
-        value: Tensor = node.target(source, changed, shifted, *rest[1:])  # type: ignore[operator]
+        bias = None if shift is None else shift.to(source.dtype)
+        value: Tensor = node.target(source, change.reshape(weight.shape).to(source.dtype), bias, *rest[1:])  # type: ignore
         return value
 
     return Probe(name, error, difference)
@@ -177,13 +174,15 @@ class _Prober(fx.Interpreter):
     def probe(self, images: Tensor) -> None:
         """One pass over images [N, ...]."""
         self.images = len(images)
-        with torch.enable_grad():
-            source = images.detach().requires_grad_()
-            found = self.run(source.clone())  # which may be written to
-            outputs = [x for x in tree_leaves(found) if isinstance(x, Tensor) and x.requires_grad]
-            drawn = [torch.randn(x.shape, generator=self.random).to(x) / _size(x) for x in outputs]
-            torch.autograd.grad(outputs, source, drawn)
-            self.env = {}  # the hooks hold this object: with the outputs in it, nobody would ever be freed
+        try:
+            with torch.enable_grad():
+                source = images.detach().requires_grad_()
+                found = self.run(source.clone())  # which may be written to
+                outputs = [x for x in tree_leaves(found) if isinstance(x, Tensor) and x.requires_grad]
+                drawn = [torch.randn(x.shape, generator=self.random).to(x) / _size(x) for x in outputs]
+                torch.autograd.grad(outputs, source, drawn)
+        finally:
+            self.env = {}  # the hooks hold this object: with the outputs in it, nothing would ever be freed
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

@@ -259,7 +259,7 @@ def test_the_table_counts_each_layer_and_branch_by_its_weight() -> None:
     graph, statistics, _ = known("branch, dilation, no biases")
     candidates = tiny.candidates(graph, statistics)
     plan = [0 if site.branch else len(candidates.drafts[site.name]) - 1 for site in candidates.sites]
-    (dropped,) = ([int(site.branch is not None) for site in candidates.sites],)
+    dropped = [int(site.branch is not None) for site in candidates.sites]
     whole, branch = (candidates.error()(choices) for choices in (plan, dropped))
     parts = []
     for node in statistics:
