@@ -4,8 +4,8 @@
 
 For each model, random legal plans: the target is drawn uniformly between what can be reached (or 0.3) and 0.95 of
 dense latency; then each site in turn stays dense with a probability that is drawn for the plan, or takes any option
-that leaves the target reachable, all equally likely. Each is cut, exported and timed against the dense model,
-interleaved. The correction is fitted as in a search, to `PROBES` plans of their own. Accuracy plays no part: weights
+that leaves the target reachable, all equally likely. Each is cut out of the dense ONNX graph as in a search and timed
+against the dense model, interleaved. The correction is fitted as in a search, to `PROBES` plans of their own. Accuracy plays no part: weights
 are random and nothing is repaired.
 
 Every plan is a line in DIR/prediction.jsonl as soon as it is measured: started again, the same command goes on from
@@ -100,8 +100,10 @@ class Bench:
             "choices": [f"{c.site}: {c.pattern} {c.level}" for c in self.problem.plan(choices).choices],
         }  # fmt: skip
         try:
-            pruned = onnx_bytes(self.bench.cut(self.candidates.cuts(choices)).eval(), self.subject.example)
-            measured = gp.measure([self.dense_onnx, pruned], rounds=ROUNDS, engine=self.engine).shares[-1]
+            cuts = self.candidates.cuts(choices)
+            pruned = self.bench.cut(cuts).eval()
+            file = self.bench.file(pruned, cuts) or onnx_bytes(pruned, self.subject.example)
+            measured = gp.measure([self.dense_onnx, file], rounds=ROUNDS, engine=self.engine).shares[-1]
         except Exception as error:  # a plan that cannot be built or exported is a result
             return line | {"error": f"{type(error).__name__}: {error}"}
         if measured is None:

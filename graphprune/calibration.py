@@ -21,7 +21,8 @@ from graphprune.tracing import attended, operator_name
 ROWS_PER_FEATURE = 32
 LEAST_ROWS = 16384
 """Input vectors kept of each layer, spread evenly over images: enough for its moments to settle."""
-
+LARGEST_BATCH = 2**25
+"""Elements of the largest activation of a batch."""
 
 CUTS = CHANNELS, KERNEL = "channels", "kernel"
 """What may be cut of a layer's inputs; where a node is no convolution, all that is cut of it counts as channels."""
@@ -34,8 +35,9 @@ class Moments:
     """What calibration knows of one layer.
 
     `second` [groups, features, features] are the moments E[x x^T] of its input vectors, `mean` [groups, features]
-    their mean, both float64; `weight` [groups, outputs, features] is the dense weight. `free_mean` says that a constant
-    shift of the output costs nothing (a bias or a batch norm takes it up), so errors are measured around the mean.
+    their mean, both float64; `weight` [groups, outputs, features] is the dense weight in its own format. `free_mean`
+    says that a constant shift of the output costs nothing (a bias or a batch norm takes it up), so errors are measured
+    around the mean.
     """
 
     second: Tensor
@@ -45,15 +47,14 @@ class Moments:
 
     @property
     def matrix(self) -> Tensor:
-        """The moments that errors are measured with: centred where the mean is free."""
-        if not self.free_mean:
-            return self.second
-        return self.second - self.mean[:, :, None] * self.mean[:, None, :]
+        """The moments that errors are measured with, as a new tensor: centred where the mean is free."""
+        return torch.baddbmm(self.second, self.mean[:, :, None], self.mean[:, None, :], alpha=-float(self.free_mean))
 
     @property
     def energy(self) -> float:
         """E[|W x|^2], the layer's output energy: the unit of its relative errors."""
-        return float(torch.einsum("gof,gfe,goe->", self.weight, self.matrix, self.weight))
+        weight = self.weight.double()
+        return float(((weight @ self.matrix) * weight).sum())
 
 
 class Statistics(dict[str, Moments]):
@@ -80,6 +81,11 @@ class Statistics(dict[str, Moments]):
         return known[0] if known else 1.0
 
 
+def largest_activation(graph: ModelGraph) -> int:
+    """Elements of the largest tensor that one image makes."""
+    return max((prod(node.shape) for node in graph.nodes), default=1)
+
+
 def calibrate(
     graph: ModelGraph,
     batches: Sequence[Tensor],
@@ -87,7 +93,8 @@ def calibrate(
 ) -> Statistics:
     """Collect the moments of all layers and attention scores, and the energies of all residual branches.
 
-    `batches` are input batches [N, ...] of a model with one input. Memory: features^2 numbers per layer.
+    `batches` are input batches [N, ...] of a model with one input. Memory: features^2 numbers per layer, and
+    activations of `LARGEST_BATCH` elements, for which batches are divided.
     """
     module = plain_module(graph.exported).eval()
     layers = {layer.node: layer for layer in graph.layers if layer.weight}
@@ -97,9 +104,11 @@ def calibrate(
     products = {score_node(graph, layer): layer.node for layer in graph.layers if _has_free_width(graph, layer)}
     skips = {branch.node: branch.skip for branch in graph.branches}
     collector = _Collector(module, layers, per_image, skips, products)
+    most = max(1, LARGEST_BATCH // largest_activation(graph))
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            collector.run(batch)
+            for part in batch.split(most):
+                collector.run(part)
             if progress is not None:
                 progress(number + 1, len(batches))
     weights = graph.exported.state_dict
@@ -180,20 +189,20 @@ class _Collector(fx.Interpreter):
         self.scores[name] = self.scores.get(name, 0) + products.sum(0)
 
     def _add(self, name: str, vectors: Tensor) -> None:
-        second = gram(vectors).double()
-        mean = vectors.sum(1, dtype=torch.float64)
+        second, mean = gram(vectors).double(), vectors.sum(1, dtype=torch.float64)
         count = vectors.shape[1]
         if name in self.sums:
             before = self.sums[name]
-            second, mean, count = second + before[0], mean + before[1], count + before[2]
+            second, mean, count = before[0].add_(second), before[1].add_(mean), before[2] + count
         self.sums[name] = (second, mean, count)
 
     def moments(self, layer: Layer, weight: Tensor) -> Moments:
-        second, mean, count = self.sums[layer.node]
+        """The moments of a layer, whose sums are let go."""
+        second, mean, count = self.sums.pop(layer.node)
         groups, features = mean.shape
-        shaped = weight.detach().double().reshape(groups, -1, features)
-        second = by_channel(by_channel(second, layer.operator).mT, layer.operator).mT.contiguous()
-        return Moments(second / count, by_channel(mean, layer.operator) / count, shaped, self._free_mean(layer))
+        shaped = weight.detach().reshape(groups, -1, features)
+        second = by_channel(by_channel(second, layer.operator).mT, layer.operator).mT.contiguous().div_(count)
+        return Moments(second, by_channel(mean, layer.operator) / count, shaped, self._free_mean(layer))
 
     def _free_mean(self, layer: Layer) -> bool:
         node = next(node for node in self.module.graph.nodes if node.name == layer.node)  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ touch the layer; so a plan is judged in microseconds.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import product
 from math import isfinite, prod
 
@@ -16,7 +17,7 @@ import torch
 from graphprune.axes import Indices
 from graphprune.calibration import CHANNELS, KERNEL, Statistics
 from graphprune.cases import operators
-from graphprune.compensation import Consumer, ScoreProduct, filter_errors, rank_units, score_error, solve
+from graphprune.compensation import Consumer, Loss, ScoreProduct, rank_units, score_error
 from graphprune.cuts import Cuts, checked, join
 from graphprune.graph import Layer, ModelGraph, Patch, Site
 from graphprune.operators import Convolution, Operator
@@ -91,7 +92,13 @@ class Candidates:
         if moments is None:
             weight = self.graph.exported.state_dict[layer.weight].detach().double().square().flatten(1)
             return np.asarray(torch.stack([weight[:, kept].sum(1) for kept in features], 1).numpy())
-        return np.asarray(-torch.stack([filter_errors(moments, kept) for kept in features], 1).numpy())
+        loss = self._loss(layer.node)
+        return np.asarray(-torch.stack([loss.errors(kept).reshape(-1) for kept in features], 1).numpy())
+
+    @cached_property
+    def _loss(self) -> Callable[[str], Loss]:
+        """The loss of a layer, by its node; only the last one is kept, since they are large."""
+        return lru_cache(maxsize=1)(lambda node: Loss(self.statistics[node]))
 
     def _consumer(self, site: Site, layer: Layer) -> Consumer | None:
         moments = self.statistics.get(layer.node)
@@ -243,14 +250,14 @@ class Candidates:
         kept = kept_features(layer, cuts)
         if len(kept) == moments.second.shape[-1]:
             return 0.0
-        return solve(moments, kept)[1]
+        return self._loss(layer.node).error(kept)
 
     def _patches_error(self, layer: Layer, cuts: Cuts) -> float:
         """The errors of the filters, each under its own patch; those of cut filters count as if they were kept."""
-        patches, error = cuts.patches(layer), 0.0
+        patches, error, loss = cuts.patches(layer), 0.0, self._loss(layer.node)
         for patch in dict.fromkeys(patches):
             kept = patch_features(layer, patch, layer.inputs.kept(cuts.keep))
-            errors = filter_errors(self.statistics[layer.node], kept)
+            errors = loss.errors(kept).reshape(-1)
             error += float(errors[torch.tensor([own == patch for own in patches])].sum())
         return error
 

@@ -1,7 +1,7 @@
 """Closed-form scores and weights: what a cut costs a layer, which units to keep, and the best weights left.
 
 With moments C and kept features S the weight W C[:,S] C[S,S]^-1 is the least-squares one, and the layer's error is
-tr(W (C - C[:,S] C[S,S]^-1 C[S,:]) W^T). Units are removed one batch after another by the Optimal Brain Surgeon score
+tr(W (C - C[:,S] C[S,S]^-1 C[S,:]) W^T) (`Loss`). Units are removed one batch after another by the Optimal Brain Surgeon score
 tr(W_u (C^-1)_uu^-1 W_u^T), with W and C^-1 updated after each batch (Frantar & Alistarh 2022).
 """
 
@@ -21,35 +21,45 @@ STEPS = 16
 """Removal batches of a ranking: more is closer to one unit at a time and slower."""
 
 
-def ridged(matrix: Tensor) -> Tensor:
-    """The moments [groups, features, features] with the ridge on the diagonal."""
+def ridged(moments: Moments) -> Tensor:
+    """The moments that errors are measured with [groups, features, features], a ridge on the diagonal."""
+    matrix = moments.matrix
     diagonal = torch.diagonal(matrix, dim1=1, dim2=2)
-    ridge = RIDGE * diagonal.mean(1, keepdim=True) + 1e-12
-    return matrix + torch.diag_embed(ridge.expand_as(diagonal))
+    diagonal += RIDGE * diagonal.mean(1, keepdim=True) + 1e-12
+    return matrix
 
 
-def solve(moments: Moments, kept: Tensor, outputs: Tensor | None = None) -> tuple[Tensor, float]:
-    """The best weight [groups, outputs, kept] on kept features (indices, the same in each group), and the error.
+class Loss:
+    """What a layer, or some of its outputs, loses when only some features stay and the weights left are the best.
 
-    The error is a share of the layer's output energy; 0 when all features stay, up to the ridge.
+    What all such questions share is computed once. Kept features are indices, the same in each group.
     """
-    weight = moments.weight if outputs is None else moments.weight[:, outputs]
-    best, left, total = _solve(ridged(moments.matrix), weight, kept)
-    return best, max(0.0, float(left.sum() / total.sum().clamp_min(1e-30)))
 
+    def __init__(self, moments: Moments, outputs: Tensor | None = None) -> None:
+        weight = (moments.weight if outputs is None else moments.weight[:, outputs]).double()
+        self.matrix = ridged(moments)
+        self.products = weight @ self.matrix
+        self.energies = (self.products * weight).sum(2)
 
-def filter_errors(moments: Moments, kept: Tensor) -> Tensor:
-    """What keeping only these features costs each output [groups * outputs], as shares of the layer's energy."""
-    _, left, total = _solve(ridged(moments.matrix), moments.weight, kept)
-    return (left / total.sum().clamp_min(1e-30)).clamp_min(0).reshape(-1)
+    def errors(self, kept: Tensor) -> Tensor:
+        """The error of each output [groups, outputs] as a share of the energy of all; 0 (up to the ridge) for all kept.
 
+        With L L^T = C[S,S], the best weights explain |L^-1 C[S,:] w|^2 of the energy of an output with weights w.
+        """
+        explained = torch.linalg.solve_triangular(self._factor(kept), self.products[:, :, kept].mT, upper=False)
+        left = self.energies - explained.square_().sum(1)
+        return left.clamp_min(0) / self.energies.sum().clamp_min(1e-30)
 
-def _solve(matrix: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best weights on kept features, the energy they leave out and the whole energy [groups, outputs]."""
-    target = weight @ matrix[:, :, kept]
-    best = torch.linalg.solve(matrix[:, kept][:, :, kept], target.transpose(1, 2)).transpose(1, 2)
-    total = ((weight @ matrix) * weight).sum(2)
-    return best, total - (best * target).sum(2), total
+    def error(self, kept: Tensor) -> float:
+        """The error of all outputs together."""
+        return float(self.errors(kept).sum())
+
+    def best(self, kept: Tensor) -> Tensor:
+        """The best weights on kept features: [groups, outputs, kept]."""
+        return torch.cholesky_solve(self.products[:, :, kept].mT, self._factor(kept)).mT
+
+    def _factor(self, kept: Tensor) -> Tensor:
+        return torch.linalg.cholesky(self.matrix[:, kept[:, None], kept])
 
 
 @dataclass(frozen=True)
@@ -103,8 +113,8 @@ class _State:
     def __init__(self, consumer: Consumer) -> None:
         moments = consumer.moments
         self.features = consumer.features
-        self.inverse = torch.linalg.inv(ridged(moments.matrix)[0])
-        self.weight = moments.weight[0].clone()
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(moments)[0]))
+        self.weight = moments.weight[0].double()
         self.unit = consumer.weight / max(moments.energy, 1e-30)
         self.gone = torch.zeros(len(consumer.features), dtype=torch.bool)
 

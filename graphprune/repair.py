@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from graphprune.calibration import by_channel, by_tap, features_of, gram, positions_of, vectors
+from graphprune.calibration import by_channel, by_tap, features_of, gram, largest_activation, positions_of, vectors
 from graphprune.cuts import Cuts
 from graphprune.exported import cut_program, plain_module
 from graphprune.graph import Layer, ModelGraph
@@ -60,8 +60,8 @@ class Reference:
 @torch.no_grad()
 def make_reference(graph: ModelGraph, batches: Sequence[Tensor], effort: Effort = QUICK) -> Reference:
     """Run the dense model on the first calibration images, at most `effort` of them. `batches` are inputs [N, ...]."""
-    largest = max((_elements(node.shape) for node in graph.nodes), default=1)
-    count = max(8, min(effort.images, effort.images * USUAL_ACTIVATION // largest))
+    usual = effort.images * USUAL_ACTIVATION // largest_activation(graph)
+    count = max(8, min(effort.images, usual))
     chosen = torch.cat([batch[:count] for batch in batches[: -(-count // len(batches[0]))]])[:count]
     random = torch.Generator().manual_seed(0)
     layers = [layer for layer in graph.layers if layer.weight]
@@ -72,10 +72,6 @@ def make_reference(graph: ModelGraph, batches: Sequence[Tensor], effort: Effort 
     recorder = _Recorder(plain_module(graph.exported).eval(), positions)
     recorder.run(chosen)
     return Reference(chosen, positions, recorder.outputs)
-
-
-def _elements(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 class _Recorder(fx.Interpreter):

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from graphprune.calibration import CHANNELS, KERNEL, Moments, Statistics, calibrate, score_node
-from graphprune.compensation import score_error, solve
+from graphprune.compensation import Loss, score_error
 from graphprune.exported import plain_module
 from graphprune.graph import Layer, ModelGraph
 from graphprune.operators import Convolution
@@ -99,8 +99,9 @@ def _probes(graph: ModelGraph, statistics: Statistics) -> Iterator[tuple[str, Pr
     for layer in graph.layers:
         if layer.node in statistics:
             moments = statistics[layer.node]
+            loss = Loss(moments)
             for cut, kept in typical(layer, moments):
-                yield layer.node, _weight_probe((layer.node, cut), moments, kept)
+                yield layer.node, _weight_probe((layer.node, cut), moments, loss, kept)
         if layer.node in statistics.scores:
             yield score_node(graph, layer), _score_probe((layer.node, CHANNELS), statistics.scores[layer.node])
     for branch in graph.branches:
@@ -122,11 +123,11 @@ def typical(layer: Layer, moments: Moments) -> Iterator[tuple[str, Tensor]]:
         yield KERNEL, features[:, kernel[0] // 2].reshape(-1)
 
 
-def _weight_probe(name: Name, moments: Moments, kept: Tensor) -> Probe:
-    best, error = solve(moments, kept)
-    change = -moments.weight
-    change[..., kept] += best
+def _weight_probe(name: Name, moments: Moments, loss: Loss, kept: Tensor) -> Probe:
+    change = -moments.weight.double()
+    change[..., kept] += loss.best(kept)
     shift = -(change @ moments.mean[..., None]).reshape(-1) if moments.free_mean else None
+    change = change.to(moments.weight.dtype)
 
     def difference(call: Call) -> Tensor:
         node, (source, weight, *rest), _, _ = call
@@ -134,7 +135,7 @@ def _weight_probe(name: Name, moments: Moments, kept: Tensor) -> Probe:
         value: Tensor = node.target(source, change.reshape(weight.shape).to(source.dtype), bias, *rest[1:])  # type: ignore
         return value
 
-    return Probe(name, error, difference)
+    return Probe(name, loss.error(kept), difference)
 
 
 def _score_probe(name: Name, moments: Tensor) -> Probe:

@@ -75,7 +75,7 @@ def test_linear_on_tokens_without_a_bias() -> None:
     assert torch.allclose(moments.second[0], rows.T @ rows / len(rows), rtol=0, atol=1e-12)
     assert torch.allclose(moments.mean[0], rows.mean(0), rtol=0, atol=1e-12)
     assert moments.energy == pytest.approx(linear(rows).square().sum(1).mean().item(), rel=1e-10)
-    assert moments.matrix is moments.second
+    assert torch.equal(moments.matrix, moments.second)
 
 
 def test_every_layer_of_a_network_sees_its_own_inputs() -> None:

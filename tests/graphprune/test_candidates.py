@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graphprune import candidates as module
 from graphprune.calibration import Statistics, calibrate
 from graphprune.candidates import Candidates, kept_features
-from graphprune.compensation import Consumer, rank_units, solve
+from graphprune.compensation import Consumer, Loss, rank_units
 from graphprune.counting import count
 from graphprune.cuts import Cuts
 from graphprune.graph import Layer, ModelGraph
@@ -194,7 +194,7 @@ def test_errors_are_the_closed_form_of_all_cuts_of_a_layer_together(name: str) -
             kept = by_mask(graph.layer[node], cuts)
             assert torch.equal(kept_features(graph.layer[node], cuts), kept)
             if len(kept) < moments.second.shape[-1] and not cuts.drops(graph.layer[node]):
-                expected += solve(moments, kept)[1]
+                expected += Loss(moments).error(kept)
         assert error(choices) == pytest.approx(expected, rel=1e-9)
         assert expected > 0
 
@@ -208,7 +208,7 @@ def test_kernels_of_grouped_convolutions() -> None:
         choices = [*zero[:kernel], option, *zero[kernel + 1 :]]
         kept = by_mask(layer, draft.cuts)
         assert len(kept) == 12 // layer.operator.groups * len(draft.keep)
-        expected = solve(made.statistics[layer.node], kept)[1] if option else 0
+        expected = Loss(made.statistics[layer.node]).error(kept) if option else 0
         assert error(choices) == pytest.approx(expected, rel=1e-9)
 
 

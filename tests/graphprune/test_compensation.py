@@ -10,6 +10,7 @@ from graphprune import compensation
 from graphprune.calibration import Moments
 from graphprune.compensation import (
     Consumer,
+    Loss,
     ScoreProduct,
     _ScoreState,
     _State,
@@ -17,7 +18,6 @@ from graphprune.compensation import (
     rank_units,
     ridged,
     score_error,
-    solve,
 )
 
 Array = np.ndarray
@@ -63,7 +63,13 @@ def least_squares(x: Array, moments: Moments, kept: list[int]) -> tuple[Array, f
     return np.stack(best), lost / total
 
 
-# --- solve ----------------------------------------------------------------------------------------------------------
+# --- loss -----------------------------------------------------------------------------------------------------------
+
+
+def solve(moments: Moments, kept: torch.Tensor, outputs: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
+    """The best weights, and the error."""
+    loss = Loss(moments, outputs)
+    return loss.best(kept), loss.error(kept)
 
 
 @pytest.mark.usefixtures("no_ridge")
@@ -102,7 +108,7 @@ def test_the_weights_are_a_stationary_point_and_no_neighbour_is_better(free_mean
     _, moments = problem(groups=2, free_mean=free_mean)
     kept = torch.tensor([1, 2, 6])
     best, error = solve(moments, kept)
-    matrix = ridged(moments.matrix)
+    matrix = ridged(moments)
 
     def lost(weight: torch.Tensor) -> torch.Tensor:
         gap = moments.weight.clone()

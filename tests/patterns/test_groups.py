@@ -12,7 +12,7 @@ from torch import nn
 from graphprune import candidates as tables
 from graphprune.calibration import Statistics, calibrate
 from graphprune.candidates import Candidates
-from graphprune.compensation import solve
+from graphprune.compensation import Loss
 from graphprune.cuts import resolve
 from graphprune.drawing import PlanLabels, draw
 from graphprune.errors import InputError
@@ -184,9 +184,10 @@ def test_tables_know_the_error_of_each_filter(known: tuple[Candidates, Statistic
         expected = 0.0
         for filter_, (_, _, (first, last)) in enumerate(draft.cuts.patches(layer)):
             own = torch.tensor([filter_])
-            share = moments.weight[:, own] @ moments.matrix * moments.weight[:, own]
+            weight = moments.weight[:, own].double()
+            share = weight @ moments.matrix * weight
             kept = torch.arange(first * 9, last * 9)
-            expected += solve(moments, kept, own)[1] * float(share.sum()) / moments.energy
+            expected += Loss(moments, own).error(kept) * float(share.sum()) / moments.energy
         assert made._layer_error(layer, draft.cuts) == pytest.approx(expected, rel=1e-3)
 
 

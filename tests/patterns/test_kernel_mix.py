@@ -10,7 +10,7 @@ from torch import nn
 
 from graphprune.calibration import calibrate
 from graphprune.candidates import kept_features
-from graphprune.compensation import solve
+from graphprune.compensation import Loss
 from graphprune.cuts import Cuts, resolve
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
@@ -185,6 +185,7 @@ def test_the_error_of_a_mix_is_that_of_its_filters() -> None:
         for filter_, window in enumerate(draft.cuts.mixes[node]):
             kept = kept_features(layer, Cuts(windows={node: window}))
             one = torch.tensor([filter_])
-            share = moments.weight[:, one] @ moments.matrix * moments.weight[:, one]
-            expected += solve(moments, kept, one)[1] * float(share.sum()) / moments.energy
+            weight = moments.weight[:, one].double()
+            share = weight @ moments.matrix * weight
+            expected += Loss(moments, one).error(kept) * float(share.sum()) / moments.energy
         assert made._layer_error(layer, draft.cuts) == pytest.approx(expected, rel=1e-3)
