@@ -89,7 +89,7 @@ class Belief:
 
     def _parts(self, choices: NDArray[np.int64]) -> Floats:
         """Each factor's error, in units of a typical plan's total: [N, factors]."""
-        return np.stack([factor.batch(choices) for factor in self.problem.error.factors], axis=1) / self._unit
+        return self.problem.error.parts(choices) / self._unit
 
     def _kernel(self, left: NDArray[np.int64], right: NDArray[np.int64], length: float) -> Floats:
         """exp(-share of differing sites / length) plus the inner product of the parts: [N, M]."""

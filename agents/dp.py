@@ -60,7 +60,7 @@ def _component(problem: Problem, cost: str, sites: tuple[int, ...]) -> Component
         settings = np.stack(np.unravel_index(np.arange(np.prod(sizes)), sizes), axis=1)
     else:
         settings = sweep_multipliers(costs, errors, sizes)
-    return Component(sites, settings, costs.batch(settings), tuple(factor.batch(settings) for factor in errors.factors))
+    return Component(sites, settings, costs.batch(settings), tuple(errors.parts(settings).T))
 
 
 def _local(total: Sum, sites: tuple[int, ...]) -> Sum:

@@ -16,6 +16,7 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
+from torch.nn import functional
 
 from graphprune.environment import OPTION_FEATURES, STATE_FEATURES
 from graphprune.problem import GraphView, Option, Problem
@@ -88,7 +89,7 @@ def typed_edges(graph: GraphView) -> tuple[Tensor, Tensor]:
     coupling = torch.from_numpy(graph.edge_types) == 1
     both = torch.cat([edges, edges.flip(0)], dim=1)
     kinds = torch.cat([torch.where(coupling, 2, 0), torch.where(coupling, 2, 1)])
-    return both, nn.functional.one_hot(kinds, EDGE_TYPES).float()
+    return both, functional.one_hot(kinds, EDGE_TYPES).float()
 
 
 def node_table(problem: Problem, sight: Sight) -> Tensor:
@@ -164,8 +165,9 @@ class PairScorer(BaseFeaturesExtractor):  # type: ignore[misc]
         nodes, patterns = self._static()
         site = observations["site"][:, 0].long().clamp(max=len(self.node_of) - 1)
         decided = observations["decided"].long()
-        taken = patterns[torch.arange(decided.shape[1]), decided.clamp(min=0)]
-        summary = (taken * (decided >= 0)[:, :, None]).mean(dim=1)
+        numbers = decided.clamp(min=0) + self.options * torch.arange(decided.shape[1])
+        taken = (decided >= 0).to(patterns.dtype) / decided.shape[1]
+        summary = functional.embedding_bag(numbers, patterns.flatten(0, 1), mode="sum", per_sample_weights=taken)
         pooled = (self.pooling * nodes.mean(dim=0)).expand(len(site), WIDTH)
         state = observations["state"] * self.seen_state
         context = self.context(torch.cat([nodes[self.node_of[site]], pooled, summary, state], dim=1))

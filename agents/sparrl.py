@@ -64,7 +64,7 @@ class Worth:
 
     def __init__(self, problem: Problem, plans: Vectors, values: Floats) -> None:
         self._centre, self._scale = float(values.mean()), float(values.std()) + 1e-6
-        parts = np.stack([factor.batch(plans) for factor in problem.error.factors], axis=1)
+        parts = problem.error.parts(plans)
         total, standard = parts.sum(axis=1), self.standard(values)
         spread = max(float(total.std()), 0.01 * abs(float(total.mean())), 1e-9)
         fall = -float(((total - total.mean()) * standard).mean()) / spread  # the correlation, with its sign turned

@@ -5,8 +5,8 @@
 For each model, random legal plans: the target is drawn uniformly between what can be reached (or 0.3) and 0.95 of
 dense latency; then each site in turn stays dense with a probability that is drawn for the plan, or takes any option
 that leaves the target reachable, all equally likely. Each is cut out of the dense ONNX graph as in a search and timed
-against the dense model, interleaved. The correction is fitted as in a search, to `PROBES` plans of their own. Accuracy plays no part: weights
-are random and nothing is repaired.
+against the dense model, interleaved. The correction is fitted as in a search, to `PROBES` plans of their own. Accuracy
+plays no part: weights are random and nothing is repaired.
 
 Every plan is a line in DIR/prediction.jsonl as soon as it is measured: started again, the same command goes on from
 there. Writes `results/prediction-<engine>-<threads>t-<processor>.json` (raw samples) and `.png`.

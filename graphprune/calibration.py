@@ -156,6 +156,7 @@ class _Collector(fx.Interpreter):
         self.layers = layers
         self.per_image = per_image
         self.sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+        self.shifts: dict[str, Tensor] = {}
         self.random = torch.Generator().manual_seed(0)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -189,6 +190,10 @@ class _Collector(fx.Interpreter):
         self.scores[name] = self.scores.get(name, 0) + products.sum(0)
 
     def _add(self, name: str, vectors: Tensor) -> None:
+        """Add input vectors, of which this takes possession: they are moved to where sums lose nothing to rounding."""
+        if name not in self.shifts:
+            self.shifts[name] = vectors.mean(1, keepdim=True)
+        vectors -= self.shifts[name]
         second, mean = gram(vectors).double(), vectors.sum(1, dtype=torch.float64)
         count = vectors.shape[1]
         if name in self.sums:
@@ -199,10 +204,12 @@ class _Collector(fx.Interpreter):
     def moments(self, layer: Layer, weight: Tensor) -> Moments:
         """The moments of a layer, whose sums are let go."""
         second, mean, count = self.sums.pop(layer.node)
-        groups, features = mean.shape
-        shaped = weight.detach().reshape(groups, -1, features)
-        second = by_channel(by_channel(second, layer.operator).mT, layer.operator).mT.contiguous().div_(count)
-        return Moments(second, by_channel(mean, layer.operator) / count, shaped, self._free_mean(layer))
+        second, mean, shift = second.div_(count), mean / count, self.shifts[layer.node].double()
+        second.baddbmm_(mean[:, :, None], shift).baddbmm_(shift.mT, (mean[:, None, :] + shift))
+        second = by_channel(by_channel(second, layer.operator).mT, layer.operator).mT.contiguous()
+        mean = by_channel(mean + shift[:, 0], layer.operator)
+        shaped = weight.detach().reshape(*mean.shape[:1], -1, mean.shape[1])
+        return Moments(second, mean, shaped, self._free_mean(layer))
 
     def _free_mean(self, layer: Layer) -> bool:
         node = next(node for node in self.module.graph.nodes if node.name == layer.node)  # type: ignore[union-attr]

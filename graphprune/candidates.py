@@ -118,13 +118,19 @@ class Candidates:
 
     # --- tables --------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def sites(self) -> list[Site]:
-        """The sites with a choice, in the order of the graph."""
+        """The sites with a choice, in the order of the graph; they are known once `collect` is done."""
         return [site for site in self.graph.all_sites if site.name in self.drafts]
 
-    def _touching(self, layer: Layer) -> list[int]:
-        return [number for number, site in enumerate(self.sites) if layer.node in site.layers]
+    @cached_property
+    def _touching(self) -> Mapping[str, list[int]]:
+        """The numbers of the sites that touch a layer, by its node."""
+        found: dict[str, list[int]] = {layer.node: [] for layer in self.graph.layers}
+        for number, site in enumerate(self.sites):
+            for node in site.layers:
+                found[node].append(number)
+        return found
 
     def cuts(self, choices: Sequence[int]) -> Cuts:
         """What a choice vector cuts. Raises InputError where one cut excludes another, which costs infinity."""
@@ -134,7 +140,7 @@ class Candidates:
     def _table_operators(self) -> list[Operator]:
         found: list[Operator] = []
         for layer in self.graph.layers:
-            whole, parts = self._blocks(self._touching(layer))
+            whole, parts = self._blocks(self._touching[layer.node])
             for block in (whole, *parts):
                 cuts = (self._cut(block, options) for options in self._combinations(block))
                 found += [cut.operator(layer) for cut in cuts if _offered(layer, cut)]
@@ -179,7 +185,7 @@ class Candidates:
         scale = min(1.0, whole / dense) / whole
         constant, factors = max(0.0, whole - dense) / whole, []
         for layer in self.graph.layers:
-            sites = self._touching(layer)
+            sites = self._touching[layer.node]
             if not sites:
                 constant += scale * np.nan_to_num(value(layer.operator))
                 continue
@@ -192,18 +198,30 @@ class Candidates:
         found = []
         for number, site in enumerate(self.sites):
             divided = [bool(draft.cuts.groups) for draft in self.drafts[site.name]]
-            for other, maker in enumerate(self.sites) if any(divided) else ():
-                layer = self.graph.layer[site.node]
-                disturbing = [draft.cuts.disturbs(layer) for draft in self.drafts[maker.name]]
-                if other != number and any(disturbing):
-                    found.append(Factor((other, number), np.where(np.outer(disturbing, divided), np.inf, 0.0)))
+            layer = self.graph.layer[site.node]
+            reached = layer.inputs.atoms() | layer.outputs.atoms() if any(divided) else ()
+            makers = sorted({maker for atom in reached for maker in self._changing.get(atom, ())} - {number})
+            for maker in makers:
+                disturbing = [draft.cuts.disturbs(layer) for draft in self.drafts[self.sites[maker].name]]
+                if any(disturbing):
+                    found.append(Factor((maker, number), np.where(np.outer(disturbing, divided), np.inf, 0.0)))
+        return found
+
+    @cached_property
+    def _changing(self) -> Mapping[int, set[int]]:
+        """The numbers of the sites that may cut an atom, or put it in another order."""
+        found: dict[int, set[int]] = {}
+        for number, site in enumerate(self.sites):
+            for draft in self.drafts[site.name]:
+                for atom in draft.cuts.kept:
+                    found.setdefault(atom, set()).add(number)
         return found
 
     def error(self) -> Sum:
         """The relative errors of all layers, exact for each, weighted by what they do to the output, and added up."""
         factors = self._own_errors()
         for layer in self.graph.layers:
-            sites = [number for number in self._touching(layer) if self._matters(self.sites[number], layer)]
+            sites = [number for number in self._touching[layer.node] if self._matters(self.sites[number], layer)]
             known = layer.node in self.statistics or layer.node in self.statistics.scores
             if known and any(self.sites[number].branch is None for number in sites):
                 factors += self._factors(layer, sites, lambda cuts, layer=layer: self._weighted_error(layer, cuts))  # type: ignore[misc]
@@ -273,18 +291,15 @@ class Candidates:
 
     def decisions(self, error: Sum, nodes: Mapping[str, int]) -> tuple[Decision, ...]:
         """The sites as agents see them; `nodes` numbers the nodes of the graph view."""
-        dense = [0] * len(self.sites)
+        dense = np.zeros((1, len(self.sites)), dtype=np.int64)
         result = []
         for number, site in enumerate(self.sites):
-            layers = [self.graph.layer[node] for node in site.layers]
+            layers, drafts = [self.graph.layer[node] for node in site.layers], self.drafts[site.name]
             options = []
-            for index, draft in enumerate(self.drafts[site.name]):
-                alone = (*dense[:number], index, *dense[number + 1 :])
+            for draft, alone in zip(drafts, error.sweep(dense, number, len(drafts))[0].tolist(), strict=True):
                 gain = self.profile.gain((x.operator for x in layers), (draft.cuts.operator(x) for x in layers))
                 geometry = _bits(layers[0], draft.cuts) if site.kind == "kernel" else ()
-                options.append(
-                    Option(draft.pattern, draft.level, draft.keep, draft.share, error(alone), gain, geometry)
-                )
+                options.append(Option(draft.pattern, draft.level, draft.keep, draft.share, alone, gain, geometry))
             gone_with, importance = self._gone_with(number), tuple(self._importance(site).tolist())
             result.append(Decision(site.name, site.kind, nodes[site.node], tuple(options), gone_with, importance))
         return tuple(result)

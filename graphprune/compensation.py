@@ -1,7 +1,7 @@
 """Closed-form scores and weights: what a cut costs a layer, which units to keep, and the best weights left.
 
 With moments C and kept features S the weight W C[:,S] C[S,S]^-1 is the least-squares one, and the layer's error is
-tr(W (C - C[:,S] C[S,S]^-1 C[S,:]) W^T) (`Loss`). Units are removed one batch after another by the Optimal Brain Surgeon score
+tr(W (C - C[:,S] C[S,S]^-1 C[S,:]) W^T). Units are removed one batch after another by the Optimal Brain Surgeon score
 tr(W_u (C^-1)_uu^-1 W_u^T), with W and C^-1 updated after each batch (Frantar & Alistarh 2022).
 """
 
@@ -17,6 +17,8 @@ from graphprune.calibration import Moments
 
 RIDGE = 1e-4
 """Added to the diagonal of the moments, as a share of its mean: calibration data leaves directions unseen."""
+MORE_RIDGES = 5
+"""How often it is made ten times as large where that is not enough."""
 STEPS = 16
 """Removal batches of a ranking: more is closer to one unit at a time and slower."""
 
@@ -27,6 +29,21 @@ def ridged(moments: Moments) -> Tensor:
     diagonal = torch.diagonal(matrix, dim1=1, dim2=2)
     diagonal += RIDGE * diagonal.mean(1, keepdim=True) + 1e-12
     return matrix
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """The lower Cholesky factor of moments [..., n, n]; what rounding has made indefinite gets more on the diagonal.
+
+    NaN where that does not help.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    more = RIDGE * torch.diagonal(matrix, dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)[..., None, None]
+    for _ in range(MORE_RIDGES):
+        if not failed.any():
+            return factor
+        more = 10 * more
+        factor, failed = torch.linalg.cholesky_ex(matrix + more * torch.eye(matrix.shape[-1], dtype=matrix.dtype))
+    return factor if not failed.any() else torch.full_like(matrix, torch.nan)
 
 
 class Loss:
@@ -59,7 +76,7 @@ class Loss:
         return torch.cholesky_solve(self.products[:, :, kept].mT, self._factor(kept)).mT
 
     def _factor(self, kept: Tensor) -> Tensor:
-        return torch.linalg.cholesky(self.matrix[:, kept[:, None], kept])
+        return cholesky(self.matrix[:, kept[:, None], kept])
 
 
 @dataclass(frozen=True)
@@ -113,7 +130,7 @@ class _State:
     def __init__(self, consumer: Consumer) -> None:
         moments = consumer.moments
         self.features = consumer.features
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(moments)[0]))
+        self.inverse = torch.cholesky_inverse(cholesky(ridged(moments)[0]))
         self.weight = moments.weight[0].double()
         self.unit = consumer.weight / max(moments.energy, 1e-30)
         self.gone = torch.zeros(len(consumer.features), dtype=torch.bool)

@@ -66,10 +66,6 @@ class Factor:
     def __call__(self, choices: Sequence[int]) -> float:
         return float(self.table[tuple(choices[site] for site in self.sites)])
 
-    def batch(self, choices: NDArray[np.int64]) -> Floats:
-        """The term of many choice vectors [N, sites] at once: [N]."""
-        return np.asarray(self.table[tuple(choices[:, site] for site in self.sites)], dtype=np.float64)
-
     def sweep(self, choices: NDArray[np.int64], site: int) -> Floats:
         """The term for every option of one of its own sites, the rest as in `choices`: [N or 1, options]."""
         options = np.arange(self.table.shape[self.sites.index(site)])[None, :]
@@ -84,18 +80,44 @@ class Sum:
     factors: tuple[Factor, ...]
 
     def __call__(self, choices: Sequence[int]) -> float:
-        return self.constant + sum(factor(choices) for factor in self.factors)
+        return float(self.batch(np.array([choices], dtype=np.int64))[0])
 
     def batch(self, choices: NDArray[np.int64]) -> Floats:
         """The values of many choice vectors [N, sites] at once: [N]."""
-        return self.constant + sum((factor.batch(choices) for factor in self.factors), np.zeros(len(choices)))
+        return np.asarray(self.constant + self.parts(choices).sum(axis=1))
 
     def sweep(self, choices: NDArray[np.int64], site: int, options: int) -> Floats:
         """The values for each of the `options` options of `site`, the rest as in `choices`: [N, options]."""
-        total = np.full((len(choices), options), self.constant)
-        for factor in self.factors:
-            total += factor.sweep(choices, site) if site in factor.sites else factor.batch(choices)[:, None]
-        return total
+        own = self._reading.get(site, [])
+        rest = self.constant + np.delete(self.parts(choices), own, axis=1).sum(axis=1)
+        swept = (self.factors[number].sweep(choices, site) for number in own)
+        return np.asarray(sum(swept, np.repeat(rest[:, None], options, axis=1)))
+
+    def parts(self, choices: NDArray[np.int64]) -> Floats:
+        """Each factor's term in many choice vectors [N, sites]: [N, factors]."""
+        values, sites, strides, first = self._flat
+        return np.asarray(values[first + (choices[:, sites] * strides).sum(axis=2)])
+
+    @cached_property
+    def _flat(self) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """All tables in a row; sites and strides of each factor [factors, most sites], and where its table begins."""
+        shape = len(self.factors), max((len(factor.sites) for factor in self.factors), default=0)
+        sites, strides = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        for number, factor in enumerate(self.factors):
+            sites[number, : len(factor.sites)] = factor.sites
+            strides[number, : len(factor.sites)] = np.cumprod((1, *factor.table.shape[:0:-1]))[::-1]
+        sizes = np.array([factor.table.size for factor in self.factors], dtype=np.int64)
+        values = [np.zeros(0), *(factor.table.reshape(-1) for factor in self.factors)]
+        return np.concatenate(values), sites, strides, np.cumsum(sizes) - sizes
+
+    @cached_property
+    def _reading(self) -> dict[int, list[int]]:
+        """The numbers of the factors that depend on each site."""
+        found: dict[int, list[int]] = {}
+        for number, factor in enumerate(self.factors):
+            for site in factor.sites:
+                found.setdefault(site, []).append(number)
+        return found
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def test_returns_are_the_change_of_the_metric(monkeypatch: pytest.MonkeyPatch) -
 def test_the_metric_of_half_cut_models_finds_the_layers_sensitivities() -> None:
     made = problem(0, sizes=(4, 4, 4))
     plans, sensitivities = np.array(feasible_plans(made)), np.array([0.5, 1.0, 2.0])
-    parts = np.stack([factor.batch(plans) for factor in made.error.factors], axis=1)
+    parts = made.error.parts(plans)
     values = 7 - parts @ sensitivities
     many = np.repeat(plans, 200, axis=0)
     worth = Worth(made, many, np.repeat(values, 200))

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graphprune import calibration
-from graphprune.calibration import Moments, by_channel, by_tap, calibrate, gram, positions_of, vectors
+from graphprune.calibration import (
+    Moments,
+    by_channel,
+    by_tap,
+    calibrate,
+    gram,
+    largest_activation,
+    positions_of,
+    vectors,
+)
 from graphprune.compensation import score_error
 from graphprune.graph import Layer, ModelGraph
 from graphprune.operators import Convolution, Linear
@@ -110,6 +119,33 @@ def test_batches_add_up_and_progress_is_told() -> None:
     for name, moments in apart.items():
         assert torch.allclose(moments.second, together[name].second, rtol=0, atol=1e-12)
         assert torch.allclose(moments.mean, together[name].mean, rtol=0, atol=1e-12)
+
+
+def test_large_batches_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*conv_bn(3, 4), nn.Conv2d(4, 5, 1)).double().eval()
+    data = torch.cat(batches(3, (1, 4, 2)))
+    graph = trace(model, data)
+    whole = calibrate(graph, [data])
+    monkeypatch.setattr(calibration, "LARGEST_BATCH", 2 * largest_activation(graph) + 1)
+    lengths: list[int] = []
+    run = calibration._Collector.run
+    monkeypatch.setattr(calibration._Collector, "run", lambda self, x: (lengths.append(len(x)), run(self, x))[1])
+    parts = calibrate(graph, [data])
+    assert lengths == [2, 2, 2, 1]
+    for name, moments in parts.items():
+        assert torch.allclose(moments.second, whole[name].second, rtol=0, atol=1e-12)
+        assert torch.allclose(moments.mean, whole[name].mean, rtol=0, atol=1e-12)
+
+
+def test_what_hardly_varies_is_not_lost_to_rounding() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4)).eval()
+    data = 1000 + torch.randn(4096, 6) @ torch.diag(torch.logspace(-2, 0, 6))
+    moments = calibrate(trace(model, data[:2]), [data[:1000], data[1000:]])["linear"]
+    exact = torch.cov(data.double().T, correction=0)
+    sizes = exact.diagonal().sqrt()
+    assert ((moments.matrix[0] - exact).abs() < 1e-4 * sizes[:, None] * sizes).all()
 
 
 class Uses(nn.Module):

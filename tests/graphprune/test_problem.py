@@ -1,5 +1,7 @@
 """The vectorised tables against one choice vector at a time, and the counting of trials."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -90,3 +92,29 @@ def test_plans_that_differ_inside_a_branch_that_is_gone_are_one() -> None:
     assert [choices for choices in np.ndindex(2, 4, 3) if made.allows(choices)] == [
         choices for choices in feasible_plans(made) if made.canonical(choices) == choices
     ]
+
+
+def test_sums_of_many_plans_are_those_of_their_tables() -> None:
+    random = np.random.default_rng(0)
+    sizes = (2, 3, 4, 3)
+    chosen = ((0,), (2, 0), (3, 1, 2), (), (1, 3))
+    factors = tuple(Factor(sites, random.random([sizes[site] for site in sites])) for sites in chosen)
+    factors[1].table[3, 1] = np.inf
+    total = Sum(0.5, factors)
+    plans = np.array(list(product(*map(range, sizes))))
+    expected = np.array([[factor(plan) for factor in factors] for plan in plans.tolist()])
+    assert np.array_equal(total.parts(plans), expected)
+    assert total.batch(plans) == pytest.approx(0.5 + expected.sum(axis=1), rel=1e-12)
+    assert [total(plan) for plan in plans.tolist()] == total.batch(plans).tolist()
+    for site, size in enumerate(sizes):
+        swept = total.sweep(plans, site, size)
+        for option in range(size):
+            changed = plans.copy()
+            changed[:, site] = option
+            assert swept[:, option] == pytest.approx(total.batch(changed), rel=1e-12)
+
+
+def test_a_sum_without_sites() -> None:
+    nothing = np.zeros((3, 0), dtype=np.int64)
+    assert Sum(0.25, ()).batch(nothing).tolist() == [0.25] * 3
+    assert Sum(0.25, ())(()) == 0.25
