@@ -15,7 +15,8 @@ Each part of a stage is repeated, unless it takes more than a minute; a stage ta
     problem     what agents are given: decisions, view of the graph, cheapest plan
     route       once for a search: the reference of the repair, how the model is cut, its ONNX template
     candidate   a random plan at half of the latency: cut and repaired, and its ONNX file
-    agent step  one policy update of `autosculpt`, and a greedy decode
+    agent step  one decision of `autosculpt`: its share of a policy update and of a greedy decode
+    update      the whole policy update, on episodes that decide every site
 
 Seconds of processor time; memory is the most that the process holds in each stage beyond what it held before the model
 was made. The exponent of a family is that of a power of the number of layers, least squares on logarithms; the aim is
@@ -41,7 +42,7 @@ from matplotlib.figure import Figure
 
 import graphprune as gp
 from graphprune import models
-from graphprune.agents.autosculpt import Search
+from graphprune.agents.autosculpt import EPISODES, Search
 from graphprune.calibration import Statistics, calibrate
 from graphprune.candidates import Candidates
 from graphprune.cases import operators
@@ -69,7 +70,7 @@ FAMILIES = {
 DEPTHS = {"cifar_resnet": "#0072b2", "resnet": "#d55e00", "vit_depth": "#009e73"}
 """The families that differ in depth alone, and their colours."""
 WARM_UP = "zoo:resnet?blocks=1"
-STAGES = ("trace", "profile", "calibrate", "tables", "problem", "route", "candidate", "agent step")
+STAGES = ("trace", "profile", "calibrate", "tables", "problem", "route", "candidate", "agent step", "update")
 AIM = 1.1
 LATENCY = 0.5
 TRIALS = 200
@@ -224,8 +225,12 @@ def agent(meter: Meter, problem: Problem) -> None:
     """What the main agent does between evaluations."""
     search = Search(problem, np.random.default_rng(0), None)
     undecided = np.full((1, len(problem.decisions)), -1, dtype=np.int64)
-    meter("agent step: update", lambda: search.warm_up(1))
-    meter("agent step: decode", lambda: search.decode(undecided, greedy=True))
+    meter("update: all", lambda: search.warm_up(1))
+    meter("decode: all", lambda: search.decode(undecided, greedy=True))
+    for part, decisions in (("update", EPISODES), ("decode", 1)):
+        shares = [seconds / (decisions * len(problem.decisions)) for seconds in meter.seconds[f"{part}: all"]]
+        meter.seconds[f"agent step: {part}"] = shares
+        meter.peak[f"agent step: {part}"] = meter.peak[f"{part}: all"]
 
 
 # --- all of them ---------------------------------------------------------------------------------------------------
@@ -283,11 +288,11 @@ def _power(value: float | None) -> str:
 
 def plot(families: dict[str, list[Row]], path: Path) -> None:
     """Seconds above, memory below: a panel for each stage, a line for each family."""
-    figure = Figure(figsize=(14, 13), layout="constrained")
+    figure = Figure(figsize=(17, 13), layout="constrained")
     halves = (("processor time, s", seconds), ("memory, MiB", mebibytes))
     for half, (label, measured) in zip(figure.subfigures(2, 1), halves, strict=True):
         half.supylabel(label)
-        for axes, stage in zip(half.subplots(2, 4).flat, STAGES, strict=True):
+        for axes, stage in zip(half.subplots(2, 5).flat, STAGES, strict=False):
             panel(axes, stage, families, measured)
     figure.savefig(path, dpi=110)
 

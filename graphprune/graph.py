@@ -184,6 +184,16 @@ class ModelGraph:
         return {layer.node: layer for layer in self.layers}
 
     @cached_property
+    def spans(self) -> Mapping[int, list[tuple[Parameter, int]]]:
+        """The parameters that each atom runs through, and along which axis."""
+        found: dict[int, list[tuple[Parameter, int]]] = {}
+        for parameter in self.parameters:
+            for axis, form in enumerate(parameter.axes):
+                for atom in form.atoms():
+                    found.setdefault(atom, []).append((parameter, axis))
+        return found
+
+    @cached_property
     def all_groups(self) -> tuple[Group, ...]:
         """Every group with a parameter in it, frozen ones too, in the order of the graph."""
         from graphprune.grouping import find_groups

@@ -28,7 +28,7 @@ from graphprune.measure import share
 from graphprune.past import PROBLEM
 from graphprune.pattern import Pattern
 from graphprune.plan import Plan
-from graphprune.problem import BudgetSpent, Choices, Factor, Problem, Sum
+from graphprune.problem import BudgetSpent, Choices, Decision, Factor, Problem, Sum
 from graphprune.problem_file import pack
 from graphprune.profile import Profile
 from graphprune.record import Record
@@ -170,21 +170,19 @@ class Session:
         nodes = {node.name: number for number, node in enumerate(graph.nodes)}
         total = _seconds(profile, graph)
         latency = {layer.node: profile.seconds(layer.operator) / total for layer in graph.layers} if total else {}
+        decisions = self.candidates.decisions(self.error, nodes)
         return Problem(
-            self.candidates.decisions(self.error, nodes), graph_view(graph, latency, self._curves()),
+            decisions, graph_view(graph, latency, self._curves(decisions)),
             {name: self.costs[name] for name in limits}, limits, self.error, _no_evaluator, trials,
             graph.signature, graph.inputs,
         )  # fmt: skip
 
-    def _curves(self) -> dict[str, list[float]]:
+    def _curves(self, decisions: Sequence[Decision]) -> dict[str, list[float]]:
         """The error of each site's options at its node, as five quantiles."""
-        curves: dict[str, list[float]] = {}
-        dense = [0] * len(self.candidates.sites)
-        for number, site in enumerate(self.candidates.sites):
-            options = range(len(self.candidates.drafts[site.name]))
-            errors = [self.error((*dense[:number], option, *dense[number + 1 :])) for option in options]
-            curves[site.node] = np.quantile(errors, [0, 0.25, 0.5, 0.75, 1]).tolist()
-        return curves
+        return {
+            site.node: np.quantile([option.error for option in decision.options], [0, 0.25, 0.5, 0.75, 1]).tolist()
+            for site, decision in zip(self.candidates.sites, decisions, strict=True)
+        }
 
     def _aims(self) -> dict[str, float]:
         return {name: limit * (MARGIN if name == "latency" else 1.0) for name, limit in self.limits.items()}

@@ -62,11 +62,10 @@ def magnitudes(graph: ModelGraph, atom: int) -> NDArray[np.float64]:
         (
             graph.exported.state_dict[parameter.name],
             axis,
-            torch.from_numpy(unit_rows(form, atom, graph.atom_sizes[atom])),
+            torch.from_numpy(unit_rows(parameter.axes[axis], atom, graph.atom_sizes[atom])),
         )
-        for parameter in graph.parameters
-        for axis, form in enumerate(parameter.axes)
-        if parameter.name in trained and atom in form.atoms()
+        for parameter, axis in graph.spans.get(atom, ())
+        if parameter.name in trained
     ]
     return rank_by_magnitude(weights, graph.atom_sizes[atom])
 

@@ -140,19 +140,24 @@ def _edges(graph: ModelGraph) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     position = {node.name: number for number, node in enumerate(graph.nodes)}
     flow = [(position[source.name], position[target.name]) for source, target in _flow(graph)]
     stars: dict[tuple[int, int], None] = {}
+    coupled = _coupled(graph)
     for group in graph.all_groups:
-        hub, *others = dict.fromkeys(position[node] for node in _coupled(graph, group.atom)) or [-1]
+        hub, *others = dict.fromkeys(position[node] for node in coupled.get(group.atom, [])) or [-1]
         stars |= {(hub, other): None for other in others}
     pairs = np.array([*flow, *stars], dtype=np.int64).reshape(-1, 2)
     types = np.repeat(np.array([FLOW, COUPLING], dtype=np.int64), [len(flow), len(stars)])
     return np.ascontiguousarray(pairs.T), types
 
 
-def _coupled(graph: ModelGraph, atom: int) -> list[str]:
-    """The layers that an atom runs through, its producers first."""
-    makes = [layer.node for layer in graph.layers if atom in layer.outputs.atoms()]
-    reads = [layer.node for layer in graph.layers if atom in layer.inputs.atoms()]
-    return makes + reads
+def _coupled(graph: ModelGraph) -> Mapping[int, list[str]]:
+    """The layers that each atom runs through, its producers first."""
+    found: dict[int, list[str]] = {}
+    made = [(layer.node, layer.outputs) for layer in graph.layers]
+    read = [(layer.node, layer.inputs) for layer in graph.layers]
+    for node, form in made + read:
+        for atom in form.atoms():
+            found.setdefault(atom, []).append(node)
+    return found
 
 
 def _features(graph: ModelGraph) -> NDArray[np.float32]:
