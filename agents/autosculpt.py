@@ -7,15 +7,17 @@ missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), 
 
 - the policy comes trained (`benchmarks/pretrain.py`: random small networks, machines and budgets, in imagination);
 - it warms up in imagination, on episodes judged by the error table, before the first trial;
-- later episodes are judged by a belief that every record corrects; plans already evaluated count as they were;
+- later episodes are judged by a belief that every record corrects; plans already evaluated count as they were; how
+  large errors count beside small ones is believed too, and the policy sees the errors that way;
 - each round evaluates the most promising of the policy's own plans, its greedy decode, and plans bred in imagination:
-  generation by generation the policy decides a few sites of the most promising ones anew, and one or two of their
-  sites are set to any options; once from all that is known and once from plans drawn at random, because a policy
-  that has made up its mind finds no other way.
+  generation by generation the policy decides a few sites of the most promising ones anew, some of their sites are set
+  to any options or grafted from other plans; once from all that is known and once from plans drawn at random, because
+  a policy that has made up its mind finds no other way. What is open counts less and less as the trials are spent.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,12 @@ from numpy.typing import NDArray
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
 
-from graphprune.agents.belief import Belief
+from graphprune.agents.belief import POWERS, Belief
 from graphprune.agents.encoder import ALL, PairPolicy, Sight
 from graphprune.agents.episodes import Episodes
 from graphprune.agents.policies import Learner, Weights, adopt, read_policy, weights_of
 from graphprune.environment import Observer, reward
-from graphprune.problem import Choices, Problem
+from graphprune.problem import Choices, Factor, Problem, Sum
 from graphprune.randomness import seeded
 
 EPISODES = 64
@@ -87,11 +89,17 @@ def only_plan(problem: Problem) -> Choices | None:
     return choices
 
 
-def promise(belief: Belief, plans: Vectors) -> NDArray[np.float64]:
+def promise(belief: Belief, plans: Vectors, exploration: float = EXPLORATION) -> NDArray[np.float64]:
     """The upper confidence bound of the reward of plans [N, sites]: [N]."""
     mean, deviation = belief.predict(plans)
-    bound: NDArray[np.float64] = mean + EXPLORATION * deviation
+    bound: NDArray[np.float64] = mean + exploration * deviation
     return bound
+
+
+def through(problem: Problem, power: float) -> Problem:
+    """The problem as it is seen where the layers' errors count by a power of theirs."""
+    raised = (Factor(own.sites, np.sign(own.table) * np.abs(own.table) ** power) for own in problem.error.factors)
+    return replace(problem, error=Sum(problem.error.constant, tuple(raised)))
 
 
 def fits(weights: Weights, problem: Problem) -> bool:
@@ -147,11 +155,15 @@ class Search:
     def __init__(self, problem: Problem, rng: np.random.Generator, weights: Weights | None, sight: Sight = ALL) -> None:
         self.problem = problem
         self.rng = rng
-        self.observer = Observer(problem)
+        self.observers = {power: Observer(through(problem, power)) for power in POWERS}
         self.belief = Belief(problem)
         self.rewards: dict[Choices, float] = {}
         self.per_round = max(4, problem.trials // ROUNDS)
         self._sizes = np.array([len(decision.options) for decision in problem.decisions])
+        count = len(problem.decisions)
+        self._tied = np.eye(count, dtype=np.bool_)
+        for number, decision in enumerate(problem.decisions):
+            self._tied[list(decision.gone_with), number] = True
         self.episodes = Episodes(self.observer, EPISODES, self.judge)
         with reproducible(rng):
             self.ppo = MaskablePPO(
@@ -172,6 +184,11 @@ class Search:
             if weights is not None:
                 adopt(self.ppo.policy, weights)
 
+    @property
+    def observer(self) -> Observer:
+        """What the policy sees: the errors by the power that is believed in."""
+        return self.observers[self.belief.power]
+
     def weights(self) -> Weights:
         """The policy's parameters, which do not depend on the problem's size."""
         return weights_of(self.ppo.policy)
@@ -183,6 +200,7 @@ class Search:
 
     def _update(self) -> None:
         """One PPO update on `EPISODES` episodes."""
+        self.episodes.observer = self.observer
         with reproducible(self.rng):
             steps = self.observer.sites * EPISODES
             self.ppo.learn(steps, log_interval=None, reset_num_timesteps=False)
@@ -200,14 +218,17 @@ class Search:
         """Spend the trials, round by round, until none is left (BudgetSpent) or no new plan turns up."""
         stalls = 0
         undecided = np.full((1, self.observer.sites), -1, dtype=np.int64)
-        self._try(self.first_plans(), 1)
+        for power in POWERS:
+            self.belief.power = power
+            self._try(self.first_plans(), 1)
         while stalls < STALLS:
             self._update()
             own = np.concatenate([self.decode(undecided, greedy=True), self.episodes.finished])
             wild = self.decode(np.repeat(undecided, EPISODES, axis=0), greedy=False, curiosity=1.0)
             known = np.concatenate([own, np.array(list(self.rewards))])
             tried = self._try(own, self.per_round // 4)
-            tried += self._try(np.concatenate([self._breed(known), self._breed(wild)]), self.per_round - tried)
+            bred = np.concatenate([self._breed(known), self._breed(wild)])
+            tried += self._try(bred, self.per_round - tried)
             stalls = 0 if tried else stalls + 1
 
     def first_plans(self) -> Vectors:
@@ -221,27 +242,45 @@ class Search:
         draws = self.decode(undecided, greedy=False, curiosity=0.0)
         return np.concatenate([self.decode(undecided[:1], greedy=True), draws])
 
+    @property
+    def exploration(self) -> float:
+        """Deviations that count for a plan: fewer and fewer, since what is learnt at the end is of no use any more."""
+        return EXPLORATION * self.problem.remaining / max(self.problem.trials, 1)
+
     def _breed(self, plans: Vectors, generations: int = GENERATIONS) -> Vectors:
         """What becomes of some plans if, believed to be good, they are varied: [M, sites]."""
         bred = pool = np.unique(plans, axis=0)
         for _ in range(generations):
-            pool = pool[np.argsort(-promise(self.belief, pool), kind="stable")[:ELITES]]
-            varied = [self.decode(self._opened(pool), greedy=False), self._exchanged(pool)]
+            pool = pool[np.argsort(-promise(self.belief, pool, self.exploration), kind="stable")[:ELITES]]
+            varied = [self.decode(self._opened(pool), greedy=False), self._exchanged(pool), self._grafted(pool, plans)]
             pool = np.unique(np.concatenate([pool, *varied]), axis=0)
             bred = np.concatenate([bred, pool])
         return bred
 
     def _opened(self, plans: Vectors) -> Vectors:
-        """Plans drawn from some [M, sites] with one to three of `AT_ONCE` sites left open (-1): [2 EPISODES, sites]."""
+        """Plans drawn from some [M, sites] with one to three of `AT_ONCE` sites left open (-1): [2 EPISODES, sites].
+
+        What is inside a branch is opened with it, since there is nothing to go back to where the branch was gone.
+        """
         anchors = plans[self.rng.integers(len(plans), size=2 * EPISODES)]
         sites = self.rng.permutation(anchors.shape[1])[:AT_ONCE]
         for anchor in anchors:
-            anchor[self.rng.choice(sites, size=min(len(sites), int(self.rng.integers(1, 4))), replace=False)] = -1
+            opened = self.rng.choice(sites, size=min(len(sites), int(self.rng.integers(1, 4))), replace=False)
+            anchor[self._tied[opened].any(axis=0)] = -1
         return anchors
+
+    def _grafted(self, plans: Vectors, donors: Vectors) -> Vectors:
+        """Plans drawn from some [M, sites] in which one to three sites, and what is inside them, are as in donors."""
+        grafted = plans[self.rng.integers(len(plans), size=2 * EPISODES)]
+        for plan in grafted:
+            sites = self.rng.integers(grafted.shape[1], size=int(self.rng.integers(1, 4)))
+            taken = self._tied[sites].any(axis=0)
+            plan[taken] = donors[self.rng.integers(len(donors)), taken]
+        return self._legal(grafted)
 
     def _exchanged(self, plans: Vectors) -> Vectors:
         """Plans drawn from some [M, sites] with one or two sites set to any options, if that meets the target."""
-        varied = plans[self.rng.integers(len(plans), size=4 * EPISODES)]
+        varied = plans[self.rng.integers(len(plans), size=8 * EPISODES)]
         for _ in range(2):
             sites = self.rng.integers(varied.shape[1], size=len(varied))
             varied[np.arange(len(varied)), sites] = (self.rng.random(len(varied)) * self._sizes[sites]).astype(np.int64)
@@ -283,7 +322,7 @@ class Search:
             return 0
         belief, chosen = self.belief, fresh[:0]
         for _ in range(min(count, len(fresh))):
-            best = promise(belief, fresh).argmax()
+            best = promise(belief, fresh, self.exploration).argmax()
             chosen = np.concatenate([chosen, fresh[[best]]])
             belief, fresh = belief.supposing(fresh[[best]]), np.delete(fresh, best, axis=0)
         values = []

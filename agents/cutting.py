@@ -11,6 +11,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from graphprune.agents.lockstep import LockStep
+from graphprune.environment import NEVER
 from graphprune.problem import ROUNDING, Floats, Problem, Sum
 
 SAMPLE = 64
@@ -208,13 +209,13 @@ class Observer:
 
     def describe(self, choices: Vectors, cuts: Vectors, overruns: Floats) -> Situations:
         """Situations of choice vectors [N, sites] with given cuts [N, K], given the overruns after every cut [N, P]."""
-        now, floor = self.cuts.now(choices), self.cuts.floors(choices)
+        now, floor = np.minimum(self.cuts.now(choices), NEVER), self.cuts.floors(choices)
         gap = np.maximum(now - 1, 1e-9)
         situation = np.stack(
             [gap / self._dense, np.log(gap / self._dense + 1e-3), now - floor, gap / np.maximum(now - floor, 1e-9)], 1
         )
         added = np.take_along_axis(self.cuts.errors(choices), cuts, axis=1)
-        after = np.take_along_axis(overruns, cuts, axis=1)
+        after = np.nan_to_num(np.take_along_axis(overruns, cuts, axis=1), nan=NEVER, posinf=NEVER)
         saved = now[:, None] - after
         size = np.log(np.maximum(added, 0) + 1e-3)
         share = np.log(np.maximum(saved / self._dense, 0) + 1e-4)

@@ -11,7 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from graphprune.agents import create
-from graphprune.agents.autosculpt import AT_ONCE, SHIPPED, AutoSculpt, Search, fits, only_plan
+from graphprune.agents.autosculpt import (
+    AT_ONCE,
+    EXPLORATION,
+    SHIPPED,
+    AutoSculpt,
+    Search,
+    fits,
+    only_plan,
+    through,
+)
+from graphprune.agents.belief import POWERS
 from graphprune.agents.encoder import Sight
 from graphprune.agents.policies import Weights, adopt, read_policy
 from graphprune.counting import count
@@ -137,6 +147,51 @@ def test_variations_open_few_sites_at_a_time_and_exchanges_are_legal() -> None:
     assert all(made.allows(plan) for plan in exchanged.tolist())
     near = [min((np.array(plan) != own).sum() for own in plans) for plan in exchanged.tolist()]
     assert max(near) == 2
+
+
+def test_a_branch_is_opened_and_grafted_with_what_is_inside() -> None:
+    made = with_branch(limit=0.6)
+    search = Search(made, np.random.default_rng(0), None)
+    gone, kept = np.array([[1, 0, 2]]), np.array([[0, 3, 2]])
+    opened = search._opened(gone)
+    assert (opened[opened[:, 0] < 0, 1] < 0).all()
+    assert {tuple(plan) for plan in (opened < 0).tolist()} > {(True, True, False), (False, False, True)}
+    grafted = {tuple(plan) for plan in search._grafted(gone, np.concatenate([kept, gone])).tolist()}
+    assert grafted <= {(1, 0, 2), (0, 3, 2)}
+    assert made.feasible(kept[0]) == ((0, 3, 2) in grafted)
+
+
+def test_errors_are_seen_through_the_power_that_is_believed_in() -> None:
+    made = problem(TOY)
+    plans = np.array(feasible_plans(made))
+    seen = through(made, 0.5)
+    assert seen.error.parts(plans) == pytest.approx(np.sqrt(made.error.parts(plans)))
+    assert (seen.costs, seen.decisions) == (made.costs, made.decisions)
+    search = Search(made, np.random.default_rng(0), None)
+    undecided = np.full((1, len(made.decisions)), -1)
+    shown = []
+    for power in (1.0, 0.5):
+        search.belief.power = power
+        shown.append(search.observer.observe(undecided, 0)["options"])
+    assert (shown[0] != shown[1]).any()
+
+
+def test_the_first_trials_try_every_power_and_exploration_ends_with_the_trials() -> None:
+    made = problem(TOY, trials=30)
+    search = Search(made, np.random.default_rng(0), None)
+    powers: list[float] = []
+    attempt = search._try
+
+    def noted(plans: np.ndarray, count: int) -> int:
+        powers.append(search.belief.power)
+        return attempt(plans, count)
+
+    search._try = noted  # type: ignore[method-assign]
+    assert search.exploration == EXPLORATION
+    with pytest.raises(BudgetSpent):
+        search.spend()
+    assert tuple(powers[: len(POWERS)]) == POWERS
+    assert search.exploration == 0
 
 
 def test_no_trial_is_spent_twice_on_one_plan() -> None:

@@ -1,9 +1,11 @@
 """The Gaussian process against its textbook formula."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
-from graphprune.agents.belief import LENGTHS, NOISES, Belief
+from graphprune.agents.belief import FLOOR, LENGTHS, NOISES, POWERS, Belief
 from tests.agents.toys import accuracy_of, feasible_plans, problem
 
 MADE = problem(4)
@@ -18,39 +20,41 @@ def test_without_records_it_ranks_by_the_error_table() -> None:
     assert (deviation == 0).all()
 
 
-def test_posterior_is_the_textbook_formula() -> None:
-    belief = Belief(MADE)
-    belief.learn(PLANS[SEEN[:30]], ACCURACY[SEEN[:30]])
-    belief.learn(PLANS[SEEN[30:]], ACCURACY[SEEN[30:]])
+def parts(plans: np.ndarray, unit: float) -> np.ndarray:
+    return np.array([[factor(plan) for factor in MADE.error.factors] for plan in plans.tolist()]) / unit
+
+
+@pytest.mark.parametrize("curved", [False, True])
+def test_posterior_is_the_textbook_formula(curved: bool) -> None:
+    belief, seen = Belief(MADE), PLANS[SEEN]
+    unit = float(np.median([MADE.error(plan) for plan in seen.tolist()]))
+    rewards = ACCURACY[SEEN]
+    if curved:
+        rewards = -np.log((parts(seen, unit) ** 0.5).sum(axis=1)) + 0.01 * rewards
+    belief.learn(seen[:30], rewards[:30])
+    belief.learn(seen[30:], rewards[30:])
     mean, deviation = belief.predict(PLANS[:50])
 
-    seen, rewards = PLANS[SEEN], ACCURACY[SEEN]
-    floor = 1e-3 * MADE.error(MADE.cheapest)
+    def kernel(a: np.ndarray, b: np.ndarray, length: float) -> np.ndarray:
+        return np.exp(-(a[:, None] != b[None]).mean(axis=2) / length) + parts(a, unit) @ parts(b, unit).T
 
-    def unit(plans: np.ndarray) -> np.ndarray:
-        tables = [[factor(plan) for factor in MADE.error.factors] for plan in plans.tolist()]
-        return np.array(tables) / np.median([MADE.error(plan) for plan in seen.tolist()])
-
-    def line(plans: np.ndarray) -> np.ndarray:
-        return -np.log(np.array([MADE.error(plan) for plan in plans.tolist()]) + floor)
-
-    slope, offset = np.polyfit(line(seen), rewards, 1)
-    assert slope > 0
-    rest = rewards - offset - slope * line(seen)
     answers = []
-    for length in LENGTHS:
-        for noise in NOISES:
-
-            def kernel(a: np.ndarray, b: np.ndarray, length: float = length) -> np.ndarray:
-                return np.exp(-(a[:, None] != b[None]).mean(axis=2) / length) + unit(a) @ unit(b).T
-
-            matrix = kernel(seen, seen) + noise * np.eye(60)
-            scaled = rest / rest.std()
-            evidence = -0.5 * scaled @ np.linalg.solve(matrix, scaled) - 0.5 * np.linalg.slogdet(matrix)[1]
-            cross = kernel(PLANS[:50], seen) @ np.linalg.inv(matrix)
-            variance = np.diag(kernel(PLANS[:50], PLANS[:50]) - cross @ kernel(seen, PLANS[:50]))
-            answers.append((evidence, offset + slope * line(PLANS[:50]) + cross @ rest, rest.std() * np.sqrt(variance)))
-    _, expected, spread = max(answers, key=lambda answer: answer[0])
+    for power, length, noise in product(POWERS, LENGTHS, NOISES):
+        sums = [-np.log((parts(plans, unit) ** power).sum(axis=1) + FLOOR) for plans in (seen, PLANS[:50])]
+        slope, offset = np.polyfit(sums[0], rewards, 1)
+        assert slope > 0
+        rest = rewards - offset - slope * sums[0]
+        matrix = rest.var() * (kernel(seen, seen, length) + noise * np.eye(60))
+        evidence = -0.5 * rest @ np.linalg.solve(matrix, rest) - 0.5 * np.linalg.slogdet(matrix)[1]
+        cross = rest.var() * kernel(PLANS[:50], seen, length) @ np.linalg.inv(matrix)
+        variance = np.diag(
+            rest.var() * kernel(PLANS[:50], PLANS[:50], length)
+            - cross @ (rest.var() * kernel(seen, PLANS[:50], length))
+        )
+        answers.append((evidence, offset + slope * sums[1] + cross @ rest, np.sqrt(variance), power))
+    _, expected, spread, power = max(answers, key=lambda answer: answer[0])
+    assert belief.power == power
+    assert not curved or power == 0.5
     assert mean == pytest.approx(expected, abs=1e-6)
     assert deviation == pytest.approx(spread, abs=1e-6)
 
