@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from graphprune.calibration import by_channel, by_tap, features_of, gram, largest_activation, positions_of, vectors
+from graphprune.compensation import cholesky
 from graphprune.cuts import Cuts
 from graphprune.exported import cut_program, plain_module
 from graphprune.graph import Layer, ModelGraph
@@ -212,6 +213,6 @@ def least_squares(
     diagonal = torch.diagonal(moments, dim1=1, dim2=2)
     strength = (pull * diagonal.mean(1) + 1e-9)[:, None, None]
     moments = moments + strength * torch.eye(moments.shape[-1], dtype=moments.dtype)
-    best = torch.linalg.solve(moments, cross + strength * start.double().transpose(1, 2)).transpose(1, 2)
+    best = torch.cholesky_solve(cross + strength * start.double().mT, cholesky(moments)).mT
     shift = mean_out[:, 0] - torch.einsum("gof,gf->go", best, mean_in[:, 0])
     return best.to(start.dtype), shift.to(start.dtype)
