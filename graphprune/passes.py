@@ -36,12 +36,12 @@ Samples = tuple[float, ...]
 """Seconds per execution of one operator, one for each pass."""
 
 
-def lots(operators: Sequence[Operator]) -> Iterator[Benches]:
-    """The operators' models, in lots that fit into memory together."""
+def lots(operators: Sequence[Operator], batch: int) -> Iterator[Benches]:
+    """The operators' models at a batch size, in lots that fit into memory together."""
     lot: Benches = {}
     size = 0
     for operator in operators:
-        bench = microbench(operator)
+        bench = microbench(operator, batch)
         weight = len(bench.model) + len(bench.baseline)
         if lot and (len(lot) == LOT_OPERATORS or size + weight > LOT_BYTES):
             yield lot
@@ -58,7 +58,7 @@ def measure_lot(engine: Engine, lot: Benches, nominal: Mapping[Operator, float])
     `nominal` holds seconds of the references; where it does, times are stated for a machine that is as fast as it was
     then. An operator is measured again while no two of its passes agree.
     """
-    references = {operator: microbench(operator) for operator in nominal}
+    references = {operator: microbench(operator, engine.batch) for operator in nominal}
     measured: dict[Operator, Samples] = {operator: () for operator in lot}
     failed: dict[Operator, str] = {}
     for number in range(MOST_PASSES):

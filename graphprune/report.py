@@ -15,7 +15,7 @@ from graphprune.record import Record, Share
 from graphprune.registry import pattern
 from graphprune.result import Result
 from graphprune.templates import render
-from graphprune.wording import SAME, headline, latency, percent, quantity, seconds, signed, speed, warnings
+from graphprune.wording import SAME, headline, latency, percent, quantity, seconds, setting, signed, speed, warnings
 
 COSTS = {"latency": "latency", "flops": "FLOPs", "params": "parameters"}
 
@@ -107,7 +107,8 @@ def _rows(result: Result, share: Share | None) -> list[Row]:
     if share is not None:
         dense, pruned = median(share.dense), median(share.candidate)
         times = latency(dense, dense), latency(pruned, dense)
-        rows.append(Row("latency, batch 1, median", times[0], times[1], speed(share), verdict(share) != "faster"))
+        name = f"latency, {setting(share.engine)}, median"
+        rows.append(Row(name, *times, speed(share), verdict(share) != "faster"))
     for name, old, new in (("FLOPs", before.flops, after.flops), ("parameters", before.params, after.params)):
         if old and new:
             rows.append(

@@ -33,11 +33,16 @@ OTHER_VIT = VIT.replace("embed_dim=48", "embed_dim=96")
 QUICK = ("--agent", "random", "--trials", "3")
 
 
+def fake_engine(name: str, threads: int = 1, batch: int = 1) -> FakeEngine:
+    """Stands for an engine: OpenVINO has another vector block than ONNX Runtime."""
+    return FakeEngine(block=4 if name == "openvino" else 16, threads=threads, batch=batch)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def fake_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Computed timings instead of measured ones, and a cache of timings of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "engine", lambda name, **settings: FakeEngine())
+        patch.setattr(base, "engine", fake_engine)
         patch.setattr(fake, "SECONDS_PER_NODE", 1e-9)  # a tiny model would take its time for its nodes alone
         patch.setenv("GRAPHPRUNE_CACHE", str(tmp_path_factory.mktemp("timings")))
         yield
@@ -277,6 +282,30 @@ def test_bench_compares_with_the_first_file(pruned):
     assert "faster" in table
 
 
+def test_bench_takes_engine_threads_and_batch(pruned):
+    files = (pruned[0] / "dense.onnx", pruned[0] / "pruned.onnx")
+    settings = ("--engine", "openvino", "--threads", "2", "--batch", "8")
+    facts = good("bench", *files, *settings, "--rounds", "2", "--json").facts
+    engine = FakeEngine(block=4, threads=2, batch=8)
+    assert facts["engine"] == engine.identity
+    assert [model["median"] for model in facts["models"]] == pytest.approx([engine.seconds(file) for file in files])
+
+
+def test_a_run_and_its_finetuning_take_threads_and_batch(photos, weights, tmp_path):
+    settings = ("--engine", "openvino", "--threads", "2", "--batch", "8")
+    outcome = prune(photos, tmp_path, "--weights", weights, "--epochs", "0", *QUICK, *settings, "--json")
+    engine = FakeEngine(block=4, threads=2, batch=8)
+    assert outcome.facts["engine"] == engine.identity
+    dense = engine.seconds(tmp_path / "dense.onnx")
+    assert outcome.facts["latency"]["dense"] == pytest.approx(dense)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "latency, batch 8, 2 threads, median" in text
+    tune = ("finetune", tmp_path, "--data", f"imagefolder:{photos}", "--epochs", "1", "--json")
+    # The fake engine's name is not known, so that what stands for ONNX Runtime goes on.
+    assert good(*tune).facts["engine"] == FakeEngine(threads=2, batch=8).identity
+    assert good(*tune, "--threads", "1", "--batch", "4").facts["engine"] == FakeEngine(batch=4).identity
+
+
 def copied(folder: Path, place: Path) -> Path:
     for path in folder.iterdir():
         (place / path.name).write_bytes(path.read_bytes())
@@ -300,7 +329,8 @@ def test_trace_lists_groups_and_sites(weights):
 
 
 def test_trace_shows_gains_that_the_engine_would_measure(weights):
-    facts = good("trace", VIT, "--gains", "--json").facts
+    facts = good("trace", VIT, "--gains", "--batch", "8", "--json").facts
+    assert facts["engine"] == FakeEngine(batch=8).identity
     gains = [level["gain"] for site in facts["sites"] for level in site["levels"]]
     assert gains
     assert all(gain > 1 for gain in gains)
@@ -312,6 +342,9 @@ def test_profile_of_a_model():
     offered = [cell for cell in facts["cells"] if not cell["reason"]]
     assert all(cell["speedup"] > 1 for cell in offered if cell["flops_share"])
     assert {cell["speedup"] for cell in offered if not cell["flops_share"]} == {None}, "a dropped branch is gone"
+    larger = good("profile", VIT, "--threads", "2", "--batch", "8", "--json").facts
+    assert larger["engine"] == FakeEngine(threads=2, batch=8).identity
+    assert sum(larger["layers"].values()) > 3 * sum(facts["layers"].values())
     text = good("profile", VIT).out
     assert "100.0 %" not in text
     assert "hidden   linear 48→192 on 17 rows +1" in text

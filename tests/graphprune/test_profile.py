@@ -129,6 +129,19 @@ def test_engines_do_not_share_timings(cache: Path) -> None:
     assert other.calls > 0
 
 
+def test_operators_are_timed_at_the_batch_of_the_engine_and_each_batch_and_number_of_threads_has_its_own(
+    cache: Path,
+) -> None:
+    work, nodes = DENSE.flops / 2 * SECONDS_PER_PRODUCT, 2 * SECONDS_PER_NODE
+    for threads, batch in ((1, 1), (1, 8), (2, 1), (2, 8)):
+        engine = FakeEngine(threads=threads, batch=batch)
+        assert Profile(engine, cache).seconds(DENSE) == pytest.approx(work * batch / threads + nodes, rel=1e-9)
+        assert engine.calls > 0, "nothing is taken from another batch or number of threads"
+        again = FakeEngine(threads=threads, batch=batch)
+        assert Profile(again, cache).seconds(DENSE) == pytest.approx(work * batch / threads + nodes, rel=1e-9)
+        assert again.calls == 0
+
+
 def test_progress_counts_up_to_what_was_missing(cache: Path) -> None:
     profile = Profile(FakeEngine(), cache)
     profile.fill(widths(5))
@@ -221,9 +234,9 @@ def test_passes_end_even_if_they_never_agree(cache: Path) -> None:
 
 def test_lots_are_small_enough_to_be_in_memory_together() -> None:
     large: list[Operator] = [Linear(1, 1500, 1500 + index) for index in range(3)]
-    assert [len(lot) for lot in lots(large)] == [1, 1, 1]
-    assert [len(lot) for lot in lots(widths(LOT_OPERATORS + 1))] == [LOT_OPERATORS, 1]
-    assert list(lots([])) == []
+    assert [len(lot) for lot in lots(large, 1)] == [1, 1, 1]
+    assert [len(lot) for lot in lots(widths(LOT_OPERATORS + 1), 1)] == [LOT_OPERATORS, 1]
+    assert list(lots([], 1)) == []
 
 
 def test_the_sum_of_operators_is_about_the_time_of_the_network(cache: Path) -> None:

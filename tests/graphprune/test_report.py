@@ -64,7 +64,8 @@ def graph() -> ModelGraph:
 def timed(ratio: float, seed: int = 0) -> Share:
     rng = np.random.default_rng(seed)
     dense, cut = 1e-3 * np.exp(0.01 * rng.normal(size=(2, 40)))
-    return share(Timing(tuple(dense.tolist())), Timing(tuple((ratio * cut).tolist())), "an engine 1.0")
+    samples = Timing(tuple(dense.tolist())), Timing(tuple((ratio * cut).tolist()))
+    return share(*samples, "an engine 1.0, 2 threads, batch 8")
 
 
 def a_result(graph: ModelGraph, ratio: float = 0.5, accuracy: float = 0.904) -> Result:
@@ -185,7 +186,7 @@ def test_main_table(graph: ModelGraph, tmp_path: Path) -> None:
     assert table[0] == ["", "dense", "pruned", "change"]
     assert table[1] == ["accuracy on validation data", "91.7 %", "90.4 %", "−1.3 points"]
     assert table[2][:3] == [
-        "latency, batch 1, median",
+        "latency, batch 8, 2 threads, median",
         *(f"{median(x) * 1e3:.3f} ms" for x in (measured.dense, measured.candidate)),
     ]
     low, high = f"{1 / measured.high:.2f}", f"{1 / measured.low:.2f}"
