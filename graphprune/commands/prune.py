@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -193,7 +193,7 @@ class Finetune(Verb):
         result = delivery.restore(self.folder, self.model, self.weights)
         measured = result.record.measured
         searched = engines.settings_in(measured.engine if measured else "")
-        asked = {"name": self.engine, "threads": self.threads, "batch": self.batch}
+        asked: dict[str, Any] = {"name": self.engine, "threads": self.threads, "batch": self.batch}
         engine = base.engine(**{name: searched[name] if value is None else value for name, value in asked.items()})
         size = result.graph.inputs[0][1][-1]
         data = base.named_data(self.data, self.calibration)
