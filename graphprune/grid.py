@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import median
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ ROWS = 197
 """Tokens of a vision transformer: 14 x 14 patches and the class token."""
 HEAD = 64
 """Width of its heads."""
+UNABLE = "the engine cannot run it"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ class Cell:
             **{name: number if math.isfinite(number) else None for name, number in numbers.items()},
         }
 
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Self:
+        """Read a cell back. Raises KeyError for a field that is missing."""
+        told = {name: body[name] for name in ("pattern", "level", "shape", "flops_share", "reason", "sites")}
+        unknown = math.nan if body["reason"] == UNABLE else math.inf
+        return cls(speedup=unknown if body["speedup"] is None else body["speedup"], **told)
+
 
 def cells(
     graphs: Mapping[str, ModelGraph], profile: Profile, patterns: Sequence[Pattern], progress: Progress | None = None
@@ -88,7 +97,7 @@ def _flops(found: Iterable[Operator]) -> int:
 
 
 def _reason(speedup: float) -> str:
-    return "the engine cannot run it" if math.isnan(speedup) else "no gain beyond noise"
+    return UNABLE if math.isnan(speedup) else "no gain beyond noise"
 
 
 def _level(case: Case) -> str:
