@@ -20,7 +20,7 @@ from graphprune.cases import operators
 from graphprune.compensation import Consumer, Loss, ScoreProduct, rank_units, score_error
 from graphprune.cuts import Cuts, checked, join
 from graphprune.graph import Layer, ModelGraph, Patch, Site
-from graphprune.operators import Convolution, Operator
+from graphprune.operators import Operator, Weighted
 from graphprune.pattern import Level, Pattern, Scores
 from graphprune.problem import Decision, Factor, Floats, Option, Sum
 from graphprune.profile import Profile
@@ -194,7 +194,7 @@ class Candidates:
         return _sum(float(constant), factors + self._clashes())
 
     def _clashes(self) -> list[Factor]:
-        """Infinite where one site cuts or moves what another, which divides a convolution into groups, needs whole."""
+        """Infinite where one site cuts or moves what another, which divides a layer into groups, needs whole."""
         found = []
         for number, site in enumerate(self.sites):
             divided = [bool(draft.cuts.groups) for draft in self.drafts[site.name]]
@@ -258,6 +258,8 @@ class Candidates:
     def _layer_error(self, layer: Layer, cuts: Cuts) -> float:
         if cuts.drops(layer):  # what the branch was worth is the branch's own error
             return 0.0
+        if not cuts.fits(layer):  # it costs infinity
+            return 0.0
         if layer.widths:
             gone = torch.ones(layer.widths[0].size, dtype=torch.bool)
             gone[torch.from_numpy(layer.widths[0].kept(cuts.keep))] = False
@@ -311,7 +313,7 @@ class Candidates:
         if site.branch is not None:
             return np.zeros(0)
         weight = self.graph.exported.state_dict[self.graph.layer[site.node].weight].detach().double()
-        return np.asarray(weight.abs().mean((0, 2, 3)).numpy())
+        return np.asarray(weight.abs().transpose(0, 1).flatten(1).mean(1).numpy())
 
     def _gone_with(self, number: int) -> tuple[int, ...]:
         """The numbers of earlier sites whose branch holds all that is decided at a site."""
@@ -337,8 +339,7 @@ def _cost(layer: Layer, cuts: Cuts, value: Callable[[Operator], float]) -> float
 
 def kept_features(layer: Layer, cuts: Cuts) -> torch.Tensor:
     """The features (channel-major unfolded inputs, in each group) of a layer that stay."""
-    if not isinstance(layer.operator, Convolution):
-        return torch.from_numpy(layer.inputs.kept(cuts.keep))
+    assert isinstance(layer.operator, Weighted)
     height, width = layer.operator.kernel
     inputs = layer.operator.inputs // layer.operator.groups
     channels = layer.inputs.kept(cuts.keep) if layer.groups is None else np.arange(inputs)
@@ -347,8 +348,8 @@ def kept_features(layer: Layer, cuts: Cuts) -> torch.Tensor:
 
 
 def patch_features(layer: Layer, patch: Patch, channels: Indices) -> torch.Tensor:
-    """The features of a convolution that a filter with this patch reads, of those on some channels."""
-    assert isinstance(layer.operator, Convolution)
+    """The features of a layer that a filter with this patch reads, of those on some channels."""
+    assert isinstance(layer.operator, Weighted)
     height, width = layer.operator.kernel
     (top, bottom), (left, right), (first, last) = patch
     taps = np.arange(height * width).reshape(height, width)[top:bottom, left:right].reshape(-1)
@@ -359,7 +360,7 @@ def patch_features(layer: Layer, patch: Patch, channels: Indices) -> torch.Tenso
 def _bits(layer: Layer, cuts: Cuts) -> tuple[float, ...]:
     """What is kept of a kernel as 3x3 bits, each the share of weights kept; larger ones at their edges and middle."""
     operator = layer.operator
-    assert isinstance(operator, Convolution)
+    assert isinstance(operator, Weighted)
     height, width = operator.kernel
     window = cuts.windows.get(layer.node, ((0, height), (0, width)))
     patches = cuts.patches(layer) or ((*window, (0, operator.inputs // operator.groups)),)

@@ -10,7 +10,7 @@ import numpy as np
 from graphprune.axes import Indices
 from graphprune.errors import InputError
 from graphprune.graph import Branch, Layer, ModelGraph, Patch, Window, group_patches
-from graphprune.operators import Absent, Convolution, Mixture, Operator
+from graphprune.operators import Absent, Convolution, Mixture, Operator, Weighted
 from graphprune.plan import Choice, Plan
 
 
@@ -20,9 +20,9 @@ class Cuts:
 
     `keep`: atom -> the indices that stay; `windows`: node of a convolution -> the window of its kernel; `dropped`: the
     residual branches that go as a whole, whatever else is cut in them; `mixes`: node of a convolution -> a window for
-    each of its dense filters; `groups`: node of a convolution -> for each of its dense filters the group it is in, and
-    so which channels it reads; `order`: atom -> all its indices, so ordered that filters of one window or group stand
-    together.
+    each of its dense filters; `groups`: node of a convolution or linear layer -> for each of its dense filters (a
+    linear layer's outputs) the group it is in, and so which channels it reads; `order`: atom -> all its indices, so
+    ordered that filters of one window or group stand together.
     """
 
     keep: Mapping[int, Indices] = field(default_factory=dict)
@@ -58,16 +58,16 @@ class Cuts:
         ]
 
     def patches(self, layer: Layer) -> tuple[Patch, ...]:
-        """What each dense filter of a convolution keeps, where they differ; else nothing."""
+        """What each dense filter of a layer keeps, where they differ; else nothing."""
         operator = layer.operator
-        assert isinstance(operator, Convolution)
+        assert isinstance(operator, Weighted)
         if layer.node in self.groups:
             patches = group_patches(operator.kernel, operator.inputs, self.group_count(layer))
             return tuple(patches[own] for own in self.groups[layer.node])
         return tuple((*window, (0, operator.inputs)) for window in self.mixes.get(layer.node, ()))
 
     def group_count(self, layer: Layer) -> int:
-        """Into how many groups a convolution is divided."""
+        """Into how many groups a layer is divided."""
         return max(self.groups[layer.node]) + 1
 
     def disturbs(self, layer: Layer) -> bool:
@@ -85,11 +85,9 @@ class Cuts:
         if self.drops(layer):
             return Absent()
         whole = layer.after(self.sizes, self.windows.get(layer.node))
-        if not isinstance(whole, Convolution):
-            return whole
-        if layer.node in self.groups:
+        if isinstance(whole, Weighted) and layer.node in self.groups:
             return replace(whole, groups=self.group_count(layer))
-        if layer.node not in self.mixes:
+        if not isinstance(whole, Convolution) or layer.node not in self.mixes:
             return whole
         return Mixture(tuple(replace(whole, outputs=n).window(*window) for window, n in self.runs(layer)))
 
@@ -117,7 +115,9 @@ def checked(graph: ModelGraph, cuts: Cuts) -> Cuts:
     """The cuts themselves. Raises InputError where one excludes another."""
     for node in cuts.groups:
         if not cuts.fits(layer := graph.layer[node]):
-            raise InputError(f"{layer.module!r} cannot be divided into groups: filters or channels are cut or moved")
+            raise InputError(
+                f"{layer.module!r} cannot be divided into groups: what it reads is cut or moved, or filters are cut"
+            )
     return cuts
 
 

@@ -227,4 +227,5 @@ def describe(operator: Operator) -> str:
         return f"conv {kernels}, {operator.parts[0].inputs}→{sum(part.outputs for part in operator.parts)}"
     if isinstance(operator, Attention):
         return f"attention, {operator.heads} head{'s' * (operator.heads > 1)}"
-    return f"linear, {operator.inputs}→{operator.outputs}"
+    width = f"{operator.inputs}→{operator.outputs}" if operator.groups == 1 else f"{operator.groups} groups"
+    return f"linear, {width}"

@@ -11,11 +11,12 @@ from torch import fx, nn
 from graphprune.axes import Form
 from graphprune.branches import gone_parameters, outermost
 from graphprune.cuts import Cuts
+from graphprune.division import block_diagonal, grouped_linear
 from graphprune.graph import Branch, ModelGraph
 from graphprune.parts import Part
 from graphprune.rules import RULES
 from graphprune.tracing import operator_name, owner_path, state_of
-from graphprune.window import block_diagonal, mixed, padded_conv2d, window_padding
+from graphprune.window import mixed, padded_conv2d, window_padding
 
 _SPLITS = {"split", "chunk", "unsafe_chunk", "tensor_split"}
 
@@ -93,7 +94,7 @@ def _cut_nodes(
         path = graph.layer[name].weight.rpartition(".")[0].removeprefix(prefix)
         _mix_kernels(module, nodes[name], graph, cuts, name, path)
     for name in cuts.groups.keys() & nodes.keys():
-        _rewrite(nodes[name], "groups", cuts.group_count(graph.layer[name]))
+        _divide(nodes[name], cuts.group_count(graph.layer[name]))
 
 
 def _drop(module: fx.GraphModule, branches: Sequence[Branch]) -> None:
@@ -168,6 +169,15 @@ def _shrink_kernel(node: fx.Node, call: Any, window: Any) -> None:
     groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
     node.target = padded_conv2d
     node.args, node.kwargs = (*arguments, pair[0], ends, pair[2], groups), {}
+
+
+def _divide(node: fx.Node, groups: int) -> None:
+    """Divide a convolution, which has an argument for it, or a linear layer."""
+    if operator_name(node) != "linear":
+        _rewrite(node, "groups", groups)
+        return
+    source, weight, bias = (*node.args, None)[:3]
+    node.target, node.args = grouped_linear, (source, weight, bias, groups)
 
 
 def _mix_kernels(module: fx.GraphModule, node: fx.Node, graph: ModelGraph, cuts: Cuts, name: str, path: str) -> None:

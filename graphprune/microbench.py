@@ -99,6 +99,12 @@ class _Graph:
         self.nodes.append(helper.make_node(operation, list(inputs), [name], **attributes))
         return name
 
+    def split(self, source: str, parts: int) -> list[str]:
+        """Equal parts along the last axis."""
+        names = [f"tensor{len(self.nodes)}_{part}" for part in range(parts)]
+        self.nodes.append(helper.make_node("Split", [source], names, axis=-1, num_outputs=parts))
+        return names
+
     def serialise(self, output: str) -> bytes:
         result = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
         graph = helper.make_graph(self.nodes, "microbench", self.inputs, [result], self.weights)
@@ -169,7 +175,10 @@ def _linear_source(graph: _Graph, operator: Linear) -> tuple[str, ...]:
 
 
 def _linear(graph: _Graph, operator: Linear, source: str) -> str:
-    product = graph.add("MatMul", source, graph.weight(operator.inputs, operator.outputs))
+    shape = (operator.inputs // operator.groups, operator.outputs // operator.groups)
+    parts = graph.split(source, operator.groups) if operator.groups > 1 else [source]
+    products = [graph.add("MatMul", part, graph.weight(*shape)) for part in parts]
+    product = graph.add("Concat", *products, axis=-1) if operator.groups > 1 else products[0]
     return _ACTIVATION[operator.activation](graph, graph.add("Add", product, graph.weight(operator.outputs)))
 
 

@@ -329,10 +329,10 @@ class _Walk:
         if name == "conv2d" and len(source) != 4:
             return None
         if name == "linear":
-            linear = _linear(node, shape)
             return Layer(
-                node.name, module, self.names.get(weight.name, ""), source[-1], forms[weight][0][0], None, linear
-            )
+                node.name, module, self.names.get(weight.name, ""), source[-1], forms[weight][0][0],
+                None, _linear(node, shape), self._standard(node, weight),
+            )  # fmt: skip
         groups = call.extra.get("groups")
         return Layer(
             node.name, module, self.names.get(weight.name, ""), source[1], forms[weight][0][0],
@@ -340,12 +340,14 @@ class _Walk:
         )  # fmt: skip
 
     def _standard(self, node: fx.Node, weight: fx.Node) -> bool:
-        """A plain Conv2d called once, so that it may be replaced by one with a smaller kernel."""
+        """A plain Conv2d or Linear called once, so that it may be replaced by one that reads less."""
         path = owner_path(node)
         owner = self.model.get_submodule(path) if path else self.model
-        plain = type(owner).forward is nn.Conv2d.forward and not getattr(owner, "_forward_hooks", None)
-        named = self.names.get(weight.name) == f"{path}.weight" and getattr(owner, "padding_mode", "") == "zeros"
-        return plain and named and len(weight.users) == 1 and not isinstance(self.calls[node.name]["padding"], str)
+        plain = type(owner).forward in (nn.Conv2d.forward, nn.Linear.forward)
+        alone = not getattr(owner, "_forward_hooks", None) and len(weight.users) == 1
+        zeros = getattr(owner, "padding_mode", "zeros") == "zeros"
+        amounts = not isinstance(self.calls[node.name].arguments.get("padding"), str)
+        return plain and alone and zeros and amounts and self.names.get(weight.name) == f"{path}.weight"
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -265,7 +265,8 @@ def _kernel_masked(weight: torch.Tensor, site: Site, pattern: str, kept: tuple[i
     mask = torch.zeros(1 if pattern == "kernel" else filters, units, dtype=torch.bool)
     mask.reshape(-1)[list(kept)] = True
     if pattern == "groups":
-        return weight * mask[:, torch.arange(channels) * 4 // channels].reshape(filters, channels, 1, 1)
+        read = mask[:, torch.arange(channels) * 4 // channels]
+        return weight * read.reshape(filters, channels, *[1] * (weight.dim() - 2))
     return weight * mask.reshape(-1, 1, *site.kernel)
 
 

@@ -157,14 +157,21 @@ def test_sites_of_a_vision_transformer() -> None:
     blocks = {
         f"blocks.{i}.{name}": value
         for i in (0, 1)
-        for name, value in (("attn.qkv/head-width", (64, 3)), ("attn/heads", (3, 64)), ("mlp.fc1/hidden", (768, 1)))
+        for name, value in (
+            ("attn.qkv/head-width", (64, 3)),
+            ("attn/heads", (3, 64)),
+            ("mlp.fc1/hidden", (768, 1)),
+            ("mlp.fc1/kernel", (1, 1)),
+        )
     }
     dropped = {f"blocks.{i}.{name}/block": (1, 1) for i in (0, 1) for name in ("attn", "mlp")}
     assert sites == dropped | {"patch_embed.proj/kernel": (256, 1), "patch_embed.proj/width": (192, 1), **blocks}
-    assert [site.name for site in graph.all_sites][-5:] == [
+    assert [site.name for site in graph.all_sites][-6:] == [
         "blocks.1.attn/block", "blocks.1.attn.qkv/head-width", "blocks.1.attn/heads",
-        "blocks.1.mlp/block", "blocks.1.mlp.fc1/hidden",
+        "blocks.1.mlp/block", "blocks.1.mlp.fc1/hidden", "blocks.1.mlp.fc1/kernel",
     ]  # fmt: skip
+    free = {site.name for site in graph.all_sites if site.order >= 0}
+    assert free == {"blocks.0.mlp.fc1/kernel", "blocks.1.mlp.fc1/kernel"}
 
 
 class GatedConvolution(nn.Module):
