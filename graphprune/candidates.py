@@ -16,7 +16,15 @@ import torch
 from graphprune.axes import Indices
 from graphprune.calibration import CHANNELS, KERNEL, Statistics
 from graphprune.cases import operators
-from graphprune.compensation import Consumer, ScoreProduct, filter_errors, rank_units, score_error, solve
+from graphprune.compensation import (
+    Consumer,
+    ScoreProduct,
+    filter_errors,
+    rank_units,
+    score_error,
+    solve,
+    weight_scores,
+)
 from graphprune.cuts import Cuts, checked, join
 from graphprune.graph import Layer, ModelGraph, Patch, Site
 from graphprune.operators import Convolution, Operator
@@ -64,8 +72,9 @@ class Candidates:
                 if level.count and not level.keep and patches not in scores:
                     scores[patches] = self._patch_scores(site, patches) if patches else self._scores(site)
                 keep = level.keep or (pattern.choose(site, level, scores[patches]) if level.count else ())
-                share, error = len(keep) / pattern.units(site), pattern.error(site, keep, self.statistics)
-                drafts.append(_Draft(pattern.name, level.name, keep, share, pattern.rewrite(site, keep), error))
+                stay, units = pattern.kept(site, keep)
+                cuts, error = pattern.rewrite(site, keep), pattern.error(site, keep, self.statistics)
+                drafts.append(_Draft(pattern.name, level.name, keep, stay / units, cuts, error))
             if len(drafts) > 1:
                 self.drafts[site.name] = drafts
         self.profile.fill(self._table_operators(), progress)
@@ -76,12 +85,19 @@ class Candidates:
                 yield pattern, level
 
     def _scores(self, site: Site) -> Scores:
-        """How much each unit of a group matters: to its consumers where calibrated, else by weight magnitude."""
+        """How much each unit of a group, or each weight of a layer, matters: where calibrated, else by magnitude."""
+        if site.atom < 0:
+            return self._weight_scores(site)
         layers = [self.graph.layer[node] for node in site.layers]
         consumers = [x for layer in layers for x in (self._consumer(site, layer), self._product(site, layer)) if x]
         if consumers:
             return rank_units(consumers, site.size)
         return magnitudes(self.graph, site.atom)
+
+    def _weight_scores(self, site: Site) -> Scores:
+        """How much each weight [filters, channels] matters to the output of its layer."""
+        weight = self.graph.exported.state_dict[self.graph.layer[site.node].weight]
+        return weight_scores(weight, self.statistics.get(site.node))
 
     def _patch_scores(self, site: Site, patches: Sequence[Patch]) -> Scores:
         """Higher where a patch costs a filter less [filters, patches]; without calibration, by the weights alone."""
@@ -181,15 +197,15 @@ class Candidates:
         return _sum(float(constant), factors + self._clashes())
 
     def _clashes(self) -> list[Factor]:
-        """Infinite where one site cuts or moves what another, which divides a convolution into groups, needs whole."""
+        """Infinite where one site cuts or moves what another, which has groups or a mask, needs whole."""
         found = []
         for number, site in enumerate(self.sites):
-            divided = [bool(draft.cuts.groups) for draft in self.drafts[site.name]]
-            for other, maker in enumerate(self.sites) if any(divided) else ():
+            rigid = [bool(draft.cuts.rigid) for draft in self.drafts[site.name]]
+            for other, maker in enumerate(self.sites) if any(rigid) else ():
                 layer = self.graph.layer[site.node]
                 disturbing = [draft.cuts.disturbs(layer) for draft in self.drafts[maker.name]]
                 if other != number and any(disturbing):
-                    found.append(Factor((other, number), np.where(np.outer(disturbing, divided), np.inf, 0.0)))
+                    found.append(Factor((other, number), np.where(np.outer(disturbing, rigid), np.inf, 0.0)))
         return found
 
     def error(self) -> Sum:
@@ -289,7 +305,7 @@ class Candidates:
         if site.branch is not None:
             return np.zeros(0)
         weight = self.graph.exported.state_dict[self.graph.layer[site.node].weight].detach().double()
-        return np.asarray(weight.abs().mean((0, 2, 3)).numpy())
+        return np.asarray(weight.abs().reshape(*weight.shape[:2], -1).mean((0, 2)).numpy())
 
     def _gone_with(self, number: int) -> tuple[int, ...]:
         """The numbers of earlier sites whose branch holds all that is decided at a site."""
@@ -337,7 +353,8 @@ def patch_features(layer: Layer, patch: Patch, channels: Indices) -> torch.Tenso
 def _bits(layer: Layer, cuts: Cuts) -> tuple[float, ...]:
     """What is kept of a kernel as 3x3 bits, each the share of weights kept; larger ones at their edges and middle."""
     operator = layer.operator
-    assert isinstance(operator, Convolution)
+    if layer.node in cuts.masks or not isinstance(operator, Convolution):
+        return (round(float(cuts.masks[layer.node].mean()), 3) if layer.node in cuts.masks else 1.0,) * 9
     height, width = operator.kernel
     window = cuts.windows.get(layer.node, ((0, height), (0, width)))
     patches = cuts.patches(layer) or ((*window, (0, operator.inputs // operator.groups)),)

@@ -137,7 +137,7 @@ class Site:
 
     `layers` are the nodes of the layers whose cost the decision changes; `node` is where agents see it. At a kernel,
     `order` is the group of the convolution's `filters` where they may stand in any order, -1 where they may not;
-    `channels` is how many each of them reads.
+    `channels` is how many each of them reads. A linear layer is a 1x1 kernel.
     """
 
     name: str

@@ -127,7 +127,7 @@ def unique(found: Iterable[Named], key: Callable[[Named], Hashable]) -> list[Nam
 
 
 def find_sites(graph: ModelGraph) -> tuple[Site, ...]:
-    """A site for each group that may be cut, each convolution whose weights may be, and each residual branch.
+    """A site for each group that may be cut, each layer whose weights may be, and each residual branch.
 
     A branch comes before all that is inside it.
     """
@@ -159,19 +159,24 @@ def _atoms(layer: Layer) -> set[int]:
 
 
 def _has_kernel(graph: ModelGraph, layer: Layer) -> bool:
-    """Whether a convolution's weights may be cut by themselves: within the kernel, or by dividing it into groups."""
+    """Whether a layer's weights may be cut by themselves: within the kernel, by groups, or by a mask."""
     operator = layer.operator
-    plain = isinstance(operator, Convolution) and layer.standard
-    return plain and (max(operator.kernel) > 1 or _free_order(graph, layer) >= 0)  # type: ignore[union-attr]
+    if isinstance(operator, Linear):
+        return layer.standard
+    return isinstance(operator, Convolution) and layer.standard and (max(operator.kernel) > 1 or layer.groups is None)
 
 
 def _kernel_site(graph: ModelGraph, layer: Layer) -> Site:
     operator = layer.operator
+    name, here = f"{layer.module}/kernel", (layer.node,)
+    if isinstance(operator, Linear):
+        filters, channels = operator.outputs, operator.inputs
+        return Site(name, "kernel", 1, here, layer.node, kernel=(1, 1), filters=filters, channels=channels)
     assert isinstance(operator, Convolution)
     rows, columns = operator.kernel
     return Site(
-        f"{layer.module}/kernel", "kernel", rows * columns, (layer.node,), layer.node, kernel=(rows, columns),
-        order=_free_order(graph, layer), filters=operator.outputs, channels=operator.inputs // operator.groups,
+        name, "kernel", rows * columns, here, layer.node, kernel=(rows, columns), order=_free_order(graph, layer),
+        filters=operator.outputs, channels=operator.inputs // operator.groups,
     )  # fmt: skip
 
 
