@@ -17,7 +17,7 @@ import torch
 from graphprune.axes import Indices
 from graphprune.calibration import CHANNELS, KERNEL, Statistics
 from graphprune.cases import operators
-from graphprune.compensation import Consumer, Loss, ScoreProduct, rank_units, score_error
+from graphprune.compensation import Consumer, Loss, ScoreProduct, rank_units, score_error, weight_scores
 from graphprune.cuts import Cuts, checked, join
 from graphprune.graph import Layer, ModelGraph, Patch, Site
 from graphprune.operators import Operator, Weighted
@@ -65,8 +65,9 @@ class Candidates:
                 if level.count and not level.keep and patches not in scores:
                     scores[patches] = self._patch_scores(site, patches) if patches else self._scores(site)
                 keep = level.keep or (pattern.choose(site, level, scores[patches]) if level.count else ())
-                share, error = len(keep) / pattern.units(site), pattern.error(site, keep, self.statistics)
-                drafts.append(_Draft(pattern.name, level.name, keep, share, pattern.rewrite(site, keep), error))
+                stay, units = pattern.kept(site, keep)
+                cuts, error = pattern.rewrite(site, keep), pattern.error(site, keep, self.statistics)
+                drafts.append(_Draft(pattern.name, level.name, keep, stay / units, cuts, error))
             if len(drafts) > 1:
                 self.drafts[site.name] = drafts
         self.profile.fill(self._table_operators(), progress)
@@ -77,12 +78,19 @@ class Candidates:
                 yield pattern, level
 
     def _scores(self, site: Site) -> Scores:
-        """How much each unit of a group matters: to its consumers where calibrated, else by weight magnitude."""
+        """How much each unit of a group, or each weight of a layer, matters: where calibrated, else by magnitude."""
+        if site.atom < 0:
+            return self._weight_scores(site)
         layers = [self.graph.layer[node] for node in site.layers]
         consumers = [x for layer in layers for x in (self._consumer(site, layer), self._product(site, layer)) if x]
         if consumers:
             return rank_units(consumers, site.size)
         return magnitudes(self.graph, site.atom)
+
+    def _weight_scores(self, site: Site) -> Scores:
+        """How much each weight [filters, channels] matters to the output of its layer."""
+        weight = self.graph.exported.state_dict[self.graph.layer[site.node].weight]
+        return weight_scores(weight, self.statistics.get(site.node))
 
     def _patch_scores(self, site: Site, patches: Sequence[Patch]) -> Scores:
         """Higher where a patch costs a filter less [filters, patches]; without calibration, by the weights alone."""
@@ -194,17 +202,17 @@ class Candidates:
         return _sum(float(constant), factors + self._clashes())
 
     def _clashes(self) -> list[Factor]:
-        """Infinite where one site cuts or moves what another, which divides a layer into groups, needs whole."""
+        """Infinite where one site cuts or moves what another, which has groups or a mask, needs whole."""
         found = []
         for number, site in enumerate(self.sites):
-            divided = [bool(draft.cuts.groups) for draft in self.drafts[site.name]]
+            rigid = [bool(draft.cuts.rigid) for draft in self.drafts[site.name]]
             layer = self.graph.layer[site.node]
-            reached = layer.inputs.atoms() | layer.outputs.atoms() if any(divided) else ()
+            reached = layer.inputs.atoms() | layer.outputs.atoms() if any(rigid) else ()
             makers = sorted({maker for atom in reached for maker in self._changing.get(atom, ())} - {number})
             for maker in makers:
                 disturbing = [draft.cuts.disturbs(layer) for draft in self.drafts[self.sites[maker].name]]
                 if any(disturbing):
-                    found.append(Factor((maker, number), np.where(np.outer(disturbing, divided), np.inf, 0.0)))
+                    found.append(Factor((maker, number), np.where(np.outer(disturbing, rigid), np.inf, 0.0)))
         return found
 
     @cached_property
@@ -265,6 +273,8 @@ class Candidates:
             gone[torch.from_numpy(layer.widths[0].kept(cuts.keep))] = False
             return score_error(self.statistics.scores[layer.node], gone)
         moments = self.statistics[layer.node]
+        if layer.node in cuts.masks:
+            return self._loss(layer.node).masked(cuts.masks[layer.node])
         if layer.node in {*cuts.mixes, *cuts.groups}:
             return self._patches_error(layer, cuts)
         kept = kept_features(layer, cuts)
@@ -361,6 +371,8 @@ def _bits(layer: Layer, cuts: Cuts) -> tuple[float, ...]:
     """What is kept of a kernel as 3x3 bits, each the share of weights kept; larger ones at their edges and middle."""
     operator = layer.operator
     assert isinstance(operator, Weighted)
+    if layer.node in cuts.masks:
+        return (round(float(cuts.masks[layer.node].mean()), 3),) * 9
     height, width = operator.kernel
     window = cuts.windows.get(layer.node, ((0, height), (0, width)))
     patches = cuts.patches(layer) or ((*window, (0, operator.inputs // operator.groups)),)

@@ -79,7 +79,8 @@ def _cells(name: str, graph: ModelGraph, profile: Profile, patterns: Sequence[Pa
         legal = (case.site.name, case.pattern.name, case.level) in offered
         yield Cell(
             case.pattern.name, _level(case), name or _shape(graph, case), speedup,
-            _flops(case.cut) / max(1, _flops(case.dense)), "" if legal else _reason(speedup),
+            _flops(case.cut) / max(1, _flops(case.dense)),
+            "" if legal else case.pattern.refusal(profile.engine) or _reason(speedup),
         )  # fmt: skip
 
 

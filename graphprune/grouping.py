@@ -133,7 +133,7 @@ def find_sites(graph: ModelGraph) -> tuple[Site, ...]:
     """
     position = {node.name: number for number, node in enumerate(graph.nodes)}
     sites = [_group_site(graph, group) for group in graph.all_groups if not group.frozen]
-    sites += [_kernel_site(graph, layer) for layer in graph.layers if _has_kernel(graph, layer)]
+    sites += [_kernel_site(graph, layer) for layer in graph.layers if _has_kernel(layer)]
     sites += [_branch_site(graph, branch) for branch in graph.branches]
     return tuple(sorted(sites, key=lambda site: (position[site.node], site.kind, -len(site.layers))))
 
@@ -158,11 +158,10 @@ def _atoms(layer: Layer) -> set[int]:
     )
 
 
-def _has_kernel(graph: ModelGraph, layer: Layer) -> bool:
-    """Whether a layer's weights may be cut by themselves: within the kernel, or by dividing it into groups."""
+def _has_kernel(layer: Layer) -> bool:
+    """Whether a layer's weights may be cut by themselves: within the kernel, by division into groups, or by a mask."""
     operator = layer.operator
-    plain = isinstance(operator, Weighted) and layer.standard
-    return plain and (max(operator.kernel) > 1 or _free_order(graph, layer) >= 0)  # type: ignore[union-attr]
+    return isinstance(operator, Weighted) and layer.standard and (max(operator.kernel) > 1 or layer.groups is None)
 
 
 def _kernel_site(graph: ModelGraph, layer: Layer) -> Site:

@@ -103,6 +103,7 @@ class _Operation:
         self.values = {value.name: value for node in self.graph for value in node.outputs}
         layers = self.surgeon.graph.layer
         self.windows = {layers[node].weight: window for node, window in self.cuts.windows.items()}
+        self.masks = {layers[node].weight: mask for node, mask in self.cuts.masks.items()}
         self.divided = {layers[node].weight: self.cuts.group_count(layers[node]) for node in self.cuts.groups}
         self.gone = {call for branch in self.cuts.dropped for call in branch.inside}
 
@@ -194,6 +195,9 @@ class _Operation:
     def _sliced(self, parameter: Parameter, value: ir.Value) -> Array:
         assert value.const_value is not None
         array: Array = value.const_value.numpy()
+        if parameter.name in self.masks:
+            mask = self.masks[parameter.name]
+            array = array * mask.reshape(*mask.shape, *[1] * (array.ndim - 2))
         for axis, form in enumerate(parameter.axes):
             if form.atoms() & self.cuts.kept.keys():
                 array = array.take(form.kept(self.cuts.kept), axis)

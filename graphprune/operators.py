@@ -100,6 +100,30 @@ class Linear:
         return self.outputs * (self.inputs // self.groups)
 
 
+Weighted = Convolution | Linear
+"""What has one weight: an output reads features, one for each of its inputs and positions of its kernel."""
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A dense operator whose weight keeps 2 of each 4 consecutive inputs of every output; the others are zeros.
+
+    Its costs are those of the dense one: who saves them is an engine with kernels for such weights.
+    """
+
+    dense: Weighted
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds x 2, those with zeros too."""
+        return self.dense.flops
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, the zeros too."""
+        return self.dense.parameters
+
+
 @dataclass(frozen=True)
 class Attention:
     """softmax(Q K^T) V on [batch, heads, queries, width] and [batch, heads, keys, width or value_width]."""
@@ -130,9 +154,7 @@ class Absent:
     parameters: int = 0
 
 
-Operator = Convolution | Mixture | Linear | Attention | Absent
-Weighted = Convolution | Linear
-"""What has one weight: an output reads features, one for each of its inputs and positions of its kernel."""
+Operator = Convolution | Mixture | Linear | Masked | Attention | Absent
 
 
 def key(operator: Operator) -> str:

@@ -23,6 +23,7 @@ from graphprune.division import divided
 from graphprune.errors import StepError
 from graphprune.exported import cut_part, cut_program, literal_changes
 from graphprune.graph import ModelGraph
+from graphprune.masked import masked
 from graphprune.plan import Plan
 from graphprune.routes import Route, own_routes
 from graphprune.switches import with_switches
@@ -166,6 +167,9 @@ def cut_module(model: nn.Module, graph: ModelGraph, cuts: Cuts, route: Route) ->
     for node, window in cuts.windows.items():
         path = graph.layer[node].module
         pruned.set_submodule(path, windowed(pruned.get_submodule(path), window))  # type: ignore[arg-type]
+    for node, mask in cuts.masks.items():
+        path = graph.layer[node].module
+        pruned.set_submodule(path, masked(pruned.get_submodule(path), mask))  # type: ignore[arg-type]
     _slice_parameters(pruned, graph, cuts)
     for node in cuts.mixes:
         layer = graph.layer[node]

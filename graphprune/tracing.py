@@ -330,8 +330,8 @@ class _Walk:
             return None
         if name == "linear":
             return Layer(
-                node.name, module, self.names.get(weight.name, ""), source[-1], forms[weight][0][0],
-                None, _linear(node, shape), self._standard(node, weight),
+                node.name, module, self.names.get(weight.name, ""), source[-1], forms[weight][0][0], None,
+                _linear(node, shape), self._standard(node, weight),
             )  # fmt: skip
         groups = call.extra.get("groups")
         return Layer(
@@ -340,14 +340,14 @@ class _Walk:
         )  # fmt: skip
 
     def _standard(self, node: fx.Node, weight: fx.Node) -> bool:
-        """A plain Conv2d or Linear called once, so that it may be replaced by one that reads less."""
+        """A plain Conv2d or Linear called once, whose weight is its own, so that another may take its place."""
         path = owner_path(node)
         owner = self.model.get_submodule(path) if path else self.model
-        plain = type(owner).forward in (nn.Conv2d.forward, nn.Linear.forward)
-        alone = not getattr(owner, "_forward_hooks", None) and len(weight.users) == 1
-        zeros = getattr(owner, "padding_mode", "zeros") == "zeros"
-        amounts = not isinstance(self.calls[node.name].arguments.get("padding"), str)
-        return plain and alone and zeros and amounts and self.names.get(weight.name) == f"{path}.weight"
+        forward, padding = type(owner).forward, self.calls[node.name].arguments.get("padding")
+        plain = forward in (nn.Conv2d.forward, nn.Linear.forward) and not getattr(owner, "_forward_hooks", None)
+        zeros = getattr(owner, "padding_mode", "zeros") == "zeros" and not isinstance(padding, str)
+        alone = len(weight.users) == 1 and sum(axes is self.known[weight] for axes in self.known.values()) == 1
+        return plain and zeros and alone and self.names.get(weight.name) == f"{path}.weight"
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -2,13 +2,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch.nn import functional
 
 from graphprune.engines.fake import SECONDS_PER_NODE, SECONDS_PER_PRODUCT, FakeEngine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
 from graphprune.microbench import PATTERN, microbench
-from graphprune.operators import Attention, Convolution, Linear, Operator
+from graphprune.operators import Attention, Convolution, Linear, Masked, Operator
 
 CENTRED = Convolution(1, 4, 6, 9, 8, (3, 3), padding=(1, 1, 1, 1))
 CONVOLUTIONS = [
@@ -100,3 +101,25 @@ def test_models_stay_small_where_weights_are_large() -> None:
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(InputError, match="unknown activation 'swish'; known: relu, gelu"):
         microbench(Linear(1, 2, 3, "swish"))
+
+
+@pytest.mark.parametrize(
+    ("dense", "axis"), [(Linear(5, 8, 3), 0), (Convolution(1, 8, 6, 9, 8, (1, 1)), 1)], ids=["linear", "convolution"]
+)
+def test_a_masked_operator_is_the_dense_one_with_two_zeros_in_four(dense: Linear | Convolution, axis: int) -> None:
+    benches = [microbench(operator) for operator in (dense, Masked(dense))]
+    assert benches[0].copies == benches[1].copies
+    graphs = [onnx.load_from_string(bench.model).graph for bench in benches]
+    assert graphs[0].node == graphs[1].node
+    operation = "MatMul" if isinstance(dense, Linear) else "Conv"
+    names = {node.input[1] for node in graphs[0].node if node.op_type == operation}
+    whole, halved = ({entry.name: numpy_helper.to_array(entry) for entry in graph.initializer} for graph in graphs)
+    masked = {name for name in names if whole[name].shape[axis] == 8}
+    assert masked
+    for name in whole:
+        kept = halved[name] != 0
+        assert (halved[name] == whole[name] * kept).all()
+        if name in masked:
+            assert (np.moveaxis(kept, axis, -1).reshape(-1, 4).sum(1) == 2).all()
+        else:
+            assert kept.all()
