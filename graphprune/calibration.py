@@ -21,7 +21,7 @@ from graphprune.tracing import attended, operator_name
 ROWS_PER_FEATURE = 32
 LEAST_ROWS = 16384
 """Input vectors kept of each layer, spread evenly over images: enough for its moments to settle."""
-LARGEST_BATCH = 2**25
+LARGEST_BATCH = 2**23
 """Elements of the largest activation of a batch."""
 
 CUTS = CHANNELS, KERNEL = "channels", "kernel"
@@ -137,6 +137,26 @@ def features_of(layer: Layer) -> int:
     return layer.inputs.size
 
 
+@dataclass
+class _Sums:
+    """Of input vectors x around `shift` [groups, 1, features]: the sums of (x - shift)^T (x - shift) and of x - shift.
+
+    They exist before anything is computed: between what comes and goes they would hold the memory of all of it.
+    """
+
+    second: Tensor
+    first: Tensor
+    shift: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, layer: Layer) -> "_Sums":
+        groups = layer.operator.groups if isinstance(layer.operator, Convolution) else 1
+        features = features_of(layer)
+        second, first = (torch.zeros(groups, rows, features, dtype=torch.float64) for rows in (features, 1))
+        return cls(second, first, torch.zeros_like(first))
+
+
 class _Collector(fx.Interpreter):
     """Runs the exported graph and adds up the moments of what enters each layer."""
 
@@ -155,8 +175,7 @@ class _Collector(fx.Interpreter):
         self.energies: dict[str, tuple[Tensor, Tensor]] = {}
         self.layers = layers
         self.per_image = per_image
-        self.sums: dict[str, tuple[Tensor, Tensor, int]] = {}
-        self.shifts: dict[str, Tensor] = {}
+        self.sums = {name: _Sums.empty(layer) for name, layer in layers.items()}
         self.random = torch.Generator().manual_seed(0)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -191,23 +210,21 @@ class _Collector(fx.Interpreter):
 
     def _add(self, name: str, vectors: Tensor) -> None:
         """Add input vectors, of which this takes possession: they are moved to where sums lose nothing to rounding."""
-        if name not in self.shifts:
-            self.shifts[name] = vectors.mean(1, keepdim=True)
-        vectors -= self.shifts[name]
-        second, mean = gram(vectors).double(), vectors.sum(1, dtype=torch.float64)
-        count = vectors.shape[1]
-        if name in self.sums:
-            before = self.sums[name]
-            second, mean, count = before[0].add_(second), before[1].add_(mean), before[2] + count
-        self.sums[name] = (second, mean, count)
+        sums = self.sums[name]
+        if not sums.count:
+            sums.shift.copy_(vectors.mean(1, keepdim=True))
+        vectors -= sums.shift.to(vectors.dtype)
+        sums.second.add_(gram(vectors))
+        sums.first.add_(vectors.sum(1, keepdim=True, dtype=torch.float64))
+        sums.count += vectors.shape[1]
 
     def moments(self, layer: Layer, weight: Tensor) -> Moments:
         """The moments of a layer, whose sums are let go."""
-        second, mean, count = self.sums.pop(layer.node)
-        second, mean, shift = second.div_(count), mean / count, self.shifts[layer.node].double()
-        second.baddbmm_(mean[:, :, None], shift).baddbmm_(shift.mT, (mean[:, None, :] + shift))
+        sums = self.sums.pop(layer.node)
+        second, mean, shift = sums.second.div_(sums.count), sums.first / sums.count, sums.shift
+        second.baddbmm_(mean.mT, shift).baddbmm_(shift.mT, mean + shift)
         second = by_channel(by_channel(second, layer.operator).mT, layer.operator).mT.contiguous()
-        mean = by_channel(mean + shift[:, 0], layer.operator)
+        mean = by_channel((mean + shift)[:, 0], layer.operator)
         shaped = weight.detach().reshape(*mean.shape[:1], -1, mean.shape[1])
         return Moments(second, mean, shaped, self._free_mean(layer))
 

@@ -1,8 +1,7 @@
 """Layers of which each filter reads its group's channels alone: torch's own grouped convolution, and a linear layer.
 
-A product is made for each group, of its part of the input; the parts are split off and the results joined, and one bias
-is added to the whole, where ONNX Runtime fuses it with the activation. At 1 row and at 197, with 192 to 3072 inputs and
-outputs, that is faster than a batched product between transpositions, and no form is faster by more than noise.
+Of a linear layer a product is made for each group, of its part of the input. One bias is added to all results together,
+where ONNX Runtime fuses it with the activation. `patterns/README.md` tells of other forms.
 """
 
 import torch
@@ -14,9 +13,14 @@ def grouped_linear(
     source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int
 ) -> torch.Tensor:  # fmt: skip
     """[..., inputs] -> [..., outputs] with a weight [outputs, inputs / groups]."""
-    parts = zip(source.chunk(groups, -1), weight.chunk(groups), strict=True)
-    outputs = torch.cat([functional.linear(part, own) for part, own in parts], -1)
-    return outputs if bias is None else outputs + bias
+    outputs, inputs = weight.shape
+    parts = zip(
+        source.split_with_sizes([inputs] * groups, -1),
+        weight.split_with_sizes([outputs // groups] * groups),
+        strict=True,
+    )
+    joined = torch.cat([functional.linear(part, own) for part, own in parts], -1)
+    return joined if bias is None else joined + bias
 
 
 class GroupedLinear(nn.Linear):
@@ -34,7 +38,7 @@ class GroupedLinear(nn.Linear):
 
 
 def divided(layer: nn.Conv2d | nn.Linear, groups: int) -> nn.Conv2d | GroupedLinear:
-    """The layer in groups, with the diagonal blocks of its weight: a convolution is changed itself."""
+    """The layer in groups, with the diagonal blocks of its weight; what was given is changed, or shares its bias."""
     weight = nn.Parameter(block_diagonal(layer.weight.detach(), groups), layer.weight.requires_grad)
     if isinstance(layer, nn.Conv2d):
         layer.weight, layer.groups = weight, groups

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf, isfinite
 from pathlib import Path
 from statistics import median
@@ -142,7 +142,7 @@ class Session:
             environment=environment(),
         )  # fmt: skip
         progress("trace", 1, 1, f"{len(graph.nodes)} operators, {len(graph.all_sites)} sites")
-        statistics = calibrated(graph, task.calibration, lambda done, total: progress("calibrate", done, total, ""))
+        statistics = calibrated(graph, task.calibration, partial(progress, "calibrate"))
         profile = Profile(engine)
         candidates = Candidates(graph, profile, allowed, statistics)
         candidates.collect(lambda done, total: progress("profile", done, total, "operators"))

@@ -49,15 +49,24 @@ class Probe:
 
 
 def calibrated(
-    graph: ModelGraph, batches: Sequence[Tensor], progress: Callable[[int, int], None] | None = None
+    graph: ModelGraph, batches: Sequence[Tensor], progress: Callable[[int, int, str], None] | None = None
 ) -> Statistics:
-    """The statistics of a model with the weights of their errors. `batches` are input batches [N, ...]."""
-    statistics = calibrate(graph, batches, progress)
-    statistics.weights = sensitivities(graph, statistics, batches)
+    """The statistics of a model with the weights of their errors. `batches` are input batches [N, ...].
+
+    `progress` is told how much is done, of how much, and of what.
+    """
+    told = progress or (lambda *_: None)
+    statistics = calibrate(graph, batches, lambda done, total: told(done, total, "moments"))
+    statistics.weights = sensitivities(graph, statistics, batches, lambda done, total: told(done, total, "weights"))
     return statistics
 
 
-def sensitivities(graph: ModelGraph, statistics: Statistics, batches: Sequence[Tensor]) -> dict[Name, float]:
+def sensitivities(
+    graph: ModelGraph,
+    statistics: Statistics,
+    batches: Sequence[Tensor],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[Name, float]:
     """By the node of a layer or of a residual addition, and by what is cut there, how much an error changes the output.
 
     The mean over the layers is 1. `batches` are input batches [N, ...], of which the first `IMAGES` images are used.
@@ -77,6 +86,8 @@ def sensitivities(graph: ModelGraph, statistics: Statistics, batches: Sequence[T
     with suppress(RuntimeError, NotImplementedError):  # what torch raises where there is no gradient
         for first in range(0, len(images), count):
             prober.probe(images[first : first + count])
+            if progress is not None:
+                progress(min(first + count, len(images)), len(images))
         return _weights(prober.caused, [probe for _, probe in probes], {layer.node for layer in graph.layers})
     return {}
 

@@ -23,7 +23,7 @@ CONVOLUTIONS = [
     Convolution(1, 4, 4, 9, 8, (5, 5), padding=(2, 2, 2, 2), groups=4),
     Convolution(1, 3, 5, 9, 8, (1, 1)),
 ]
-LINEARS = [Linear(5, 7, 3), Linear(5, 7, 3, "relu"), Linear(5, 7, 3, "gelu")]
+LINEARS = [Linear(5, 7, 3), Linear(5, 7, 3, "relu"), Linear(5, 7, 3, "gelu"), Linear(5, 8, 12, "gelu", groups=4)]
 ATTENTIONS = [Attention(1, 3, 5, 5, 4, 4), Attention(2, 2, 5, 7, 4, 6)]
 DEEP = [Convolution(1, 48, 20, 9, 8, (3, 3), padding=(1, 1, 1, 1)), Convolution(1, 48, 48, 9, 8, (3, 3), groups=48)]
 
@@ -42,8 +42,10 @@ def expected(operator: Operator, inputs: list[torch.Tensor]) -> torch.Tensor:
             padded, kernel, weight(operator.outputs), operator.stride, 0, operator.dilation, operator.groups
         )
     if isinstance(operator, Linear):
-        product = inputs[0] @ weight(operator.inputs, operator.outputs) + weight(operator.outputs)
-        return {"": lambda x: x, "relu": functional.relu, "gelu": functional.gelu}[operator.activation](product)
+        shape = (operator.inputs // operator.groups, operator.outputs // operator.groups)
+        products = [part @ weight(*shape) for part in inputs[0].chunk(operator.groups, -1)]
+        result = torch.cat(products, -1) + weight(operator.outputs)
+        return {"": lambda x: x, "relu": functional.relu, "gelu": functional.gelu}[operator.activation](result)
     heads = [x.unflatten(2, (operator.heads, -1)).transpose(1, 2) for x in inputs]
     return functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
@@ -83,6 +85,7 @@ def test_the_nodes_of_the_difference_are_those_of_the_operator() -> None:
     assert extra(CENTRED) == {"Conv": 1, "Add": 1}
     assert extra(CENTRED.window((0, 3), (0, 1))) == {"Conv": 1, "Add": 1, "Slice": 1}
     assert extra(Linear(5, 7, 3)) == {"MatMul": 1, "Add": 1}
+    assert extra(Linear(5, 8, 4, groups=2)) == {"Split": 1, "MatMul": 2, "Concat": 1, "Add": 1}
     assert extra(Attention(1, 3, 5, 5, 4, 4)) == {"Transpose": 4, "Reshape": 4, "Mul": 2, "MatMul": 2, "Softmax": 1}
 
 

@@ -232,8 +232,10 @@ def test_images_go_through_in_as_many_passes_as_memory_asks_for(monkeypatch: pyt
     probed = [node for node, _ in sensitivity._probes(graph, statistics)]
     each = sum(int(torch.Size(node.shape).numel()) * (1 + probed.count(node.name)) for node in graph.nodes)
     monkeypatch.setattr(sensitivity, "LARGEST_PASS", 7 * each + 1)
-    parts = sensitivities(graph, statistics, [*x.split(150)])
+    told: list[tuple[int, int]] = []
+    parts = sensitivities(graph, statistics, [*x.split(150)], lambda done, total: told.append((done, total)))
     assert passes == [400, *[7] * 57, 1]
+    assert told == [*((7 * number, 400) for number in range(1, 58)), (400, 400)]
     assert parts == pytest.approx(whole, rel=0.35)
 
 
