@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from graphprune.candidates import Candidates
 from graphprune.errors import StepError
 from graphprune.graph import ModelGraph
 from graphprune.machine import environment
-from graphprune.operators import Linear
 from graphprune.problem import Choices, GraphView, Problem
 from graphprune.randomness import seeded
 from graphprune.record import Record
@@ -44,7 +43,7 @@ COLOURS = {"resnet20": "#0072b2", "resnet50": "#d55e00", "mobilenetv2_100": "#00
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with seeded random weights, its graph (layers at the batch size that is timed), and example inputs."""
+    """A model with seeded random weights, its graph, and example inputs."""
 
     name: str
     module: nn.Module
@@ -52,23 +51,12 @@ class Subject:
     example: torch.Tensor
 
 
-def subject(name: str, batch: int, seed: int = 0) -> Subject:
+def subject(name: str, seed: int = 0) -> Subject:
     """Create and trace one of the models."""
     with seeded(seed):
         module = models.create(MODELS[name]).eval()
         example = torch.randn(2, *models.default_input_size(MODELS[name], module))
-    return Subject(name, module, at_batch(gp.trace(module, example), batch), example)
-
-
-def at_batch(graph: ModelGraph, batch: int) -> ModelGraph:
-    """The graph with every layer's operator at a batch size; it is traced at one. A linear layer gets more rows."""
-
-    def larger(operator: object) -> object:
-        if isinstance(operator, Linear):
-            return replace(operator, rows=operator.rows * batch)
-        return replace(operator, batch=batch)  # type: ignore[type-var]
-
-    return replace(graph, layers=tuple(replace(layer, operator=larger(layer.operator)) for layer in graph.layers))
+    return Subject(name, module, gp.trace(module, example), example)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

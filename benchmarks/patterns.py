@@ -4,8 +4,7 @@
 
 Times come from the profile of this machine, so that the second run is quick. Efficiency is the speed-up of a site's
 layers x the share of their FLOPs that is kept: 1 where time falls as FLOPs do. Levels that are refused stay in the
-table with the reason. Operators are timed at the given batch: convolutions and attention have a batch, linear layers
-get more rows. Writes `results/patterns-<engine>-<threads>t-<processor>.json` and `.png`.
+table with the reason. Writes `results/patterns-<engine>-<threads>t-<processor>.json` and `.png`.
 """
 
 import json
@@ -28,11 +27,11 @@ GOAL = 0.85
 Cells = dict[str, list[Cell]]
 
 
-def measure(names: Sequence[str], profile: Profile, batch: int) -> Cells:
+def measure(names: Sequence[str], profile: Profile) -> Cells:
     """The cells of each model."""
     found = {}
     for name in names:
-        graph = subject(name, batch).graph
+        graph = subject(name).graph
         found[name] = cells(
             {"": graph}, profile, list(patterns().values()),
             lambda done, total, name=name: print(f"{name}: {done} of {total} operators timed", flush=True),
@@ -110,19 +109,18 @@ def plot(found: Cells, figures: dict[str, dict[str, Any]], path: Path, title: st
 def main() -> None:
     """Measure, summarise, write."""
     options = parser(__doc__).parse_args()
-    profile = Profile(OnnxRuntimeEngine(options.threads))
-    found = measure(chosen(options.models), profile, options.batch)
+    profile = Profile(OnnxRuntimeEngine(options.threads, batch=options.batch))
+    found = measure(chosen(options.models), profile)
     figures = summary(found)
     print(table(figures))
     body = {
-        "engine": profile.engine.identity, "batch": options.batch, "block": profile.block, "noise": profile.noise,
+        "engine": profile.engine.identity, "block": profile.block, "noise": profile.noise,
         "patterns": figures, "models": {name: [cell.to_dict() for cell in own] for name, own in found.items()},
         "environment": environment(),
     }  # fmt: skip
     stem = result_stem("patterns", options.threads, options.batch)
     stem.with_name(stem.name + ".json").write_text(json.dumps(body, indent=1) + "\n")
-    title = f"{profile.engine.identity}, batch {options.batch}"
-    plot(found, figures, stem.with_name(stem.name + ".png"), title)
+    plot(found, figures, stem.with_name(stem.name + ".png"), profile.engine.identity)
 
 
 if __name__ == "__main__":

@@ -59,14 +59,14 @@ class Bench:
     @classmethod
     def prepare(cls, name: str, threads: int, batch: int) -> "Bench":
         """Trace, profile, and find out once how this model is cut."""
-        given = subject(name, batch)
-        profile = Profile(OnnxRuntimeEngine(threads))
-        candidates = Candidates(given.graph, profile, chosen_patterns(None, profile.engine), Statistics({}, {}))
+        given = subject(name)
+        engine = OnnxRuntimeEngine(threads, batch=batch)
+        profile = Profile(engine)
+        candidates = Candidates(given.graph, profile, chosen_patterns(None, engine), Statistics({}, {}))
         candidates.collect(lambda done, total: print(f"{name}: {done} of {total} operators timed", flush=True))
         problem = judged_by_tables(candidates, HIGHEST)
         bench = Workbench(given.module, given.graph, reference=None, task=None)
         bench.probe(candidates.cuts(problem.completions[0]))
-        engine = OnnxRuntimeEngine(threads, batch=batch)
         return cls(
             given, engine, candidates, problem.costs["latency"], problem, bench, onnx_bytes(given.module, given.example)
         )

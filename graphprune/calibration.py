@@ -107,7 +107,7 @@ def calibrate(
     most = max(1, LARGEST_BATCH // largest_activation(graph))
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            for part in batch.split(most):
+            for part in torch.split(batch, most):
                 collector.run(part)
             if progress is not None:
                 progress(number + 1, len(batches))

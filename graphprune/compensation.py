@@ -38,6 +38,7 @@ def cholesky(matrix: Tensor) -> Tensor:
 
     NaN where that does not help.
     """
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     more = RIDGE * torch.diagonal(matrix, dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)[..., None, None]
     for _ in range(MORE_RIDGES):

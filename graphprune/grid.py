@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import median
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ ROWS = 197
 """Tokens of a vision transformer: 14 x 14 patches and the class token."""
 HEAD = 64
 """Width of its heads."""
+UNABLE = "the engine cannot run it"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ class Cell:
             **{name: number if math.isfinite(number) else None for name, number in numbers.items()},
         }
 
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Self:
+        """Read a cell back. Raises KeyError for a field that is missing."""
+        told = {name: body[name] for name in ("pattern", "level", "shape", "flops_share", "reason", "sites")}
+        unknown = math.nan if body["reason"] == UNABLE else math.inf
+        return cls(speedup=unknown if body["speedup"] is None else body["speedup"], **told)
+
 
 def cells(
     graphs: Mapping[str, ModelGraph], profile: Profile, patterns: Sequence[Pattern], progress: Progress | None = None
@@ -80,7 +89,7 @@ def _cells(name: str, graph: ModelGraph, profile: Profile, patterns: Sequence[Pa
         yield Cell(
             case.pattern.name, _level(case), name or _shape(graph, case), speedup,
             _flops(case.cut) / max(1, _flops(case.dense)),
-            "" if legal else case.pattern.refusal(profile.engine) or _reason(speedup),
+            "" if legal else _reason(speedup, case.pattern.refusal(profile.engine)),
         )  # fmt: skip
 
 
@@ -88,8 +97,8 @@ def _flops(found: Iterable[Operator]) -> int:
     return sum(operator.flops for operator in found)
 
 
-def _reason(speedup: float) -> str:
-    return "the engine cannot run it" if math.isnan(speedup) else "no gain beyond noise"
+def _reason(speedup: float, refusal: str) -> str:
+    return UNABLE if math.isnan(speedup) else refusal or "no gain beyond noise"
 
 
 def _level(case: Case) -> str:

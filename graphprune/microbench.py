@@ -54,37 +54,44 @@ class Microbench:
     copies: int
 
 
-def microbench(operator: Operator) -> Microbench:
+def microbench(operator: Operator, batch: int = 1) -> Microbench:
     """The models that time the operator: (time of `model` - time of `baseline`) / `copies` is one execution.
+
+    `batch` is the number of examples, of each of which the operator is told the work.
 
     Raises InputError for an activation that is not known here.
     """
     dense = _dense(operator)
     if isinstance(dense, Linear) and dense.activation not in _ACTIVATION:
         raise InputError(f"unknown activation {dense.activation!r}; known: {', '.join(filter(None, _ACTIVATION))}")
-    copies = _copies(operator)
-    return Microbench(_build(operator, copies + 1, copies + 1), _build(operator, copies + 1, 1), copies)
+    copies = _copies(operator, batch)
+    return Microbench(_build(operator, batch, copies + 1, copies + 1), _build(operator, batch, copies + 1, 1), copies)
 
 
 def _dense(operator: Operator) -> Operator:
     return operator.dense if isinstance(operator, Masked) else operator
 
 
-def _copies(operator: Operator) -> int:
-    fit = min(FLOPS_BUDGET / max(1, operator.flops), WEIGHTS_BUDGET / max(1, operator.parameters))
+def _copies(operator: Operator, batch: int) -> int:
+    fit = min(FLOPS_BUDGET / max(1, batch * operator.flops), WEIGHTS_BUDGET / max(1, operator.parameters))
     return int(min(MOST_COPIES, max(LEAST_COPIES, fit))) - 1
 
 
 @dataclass
 class _Graph:
-    """An ONNX graph being written; every method returns the name of the tensor it made."""
+    """An ONNX graph being written; every method returns the name of the tensor it made.
 
+    Shapes are told at batch 1; the first axis of each input holds `batch` times as much.
+    """
+
+    batch: int
     nodes: list[Any] = field(default_factory=list)
     weights: list[Any] = field(default_factory=list)
     inputs: list[Any] = field(default_factory=list)
 
-    def input(self, *shape: int) -> str:
+    def input(self, first: int, *others: int) -> str:
         name = f"input{len(self.inputs)}"
+        shape = (self.batch * first, *others)
         self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         return name
 
@@ -126,9 +133,9 @@ class _Graph:
         return bytes(model.SerializeToString())
 
 
-def _build(operator: Operator, sources: int, copies: int) -> bytes:
+def _build(operator: Operator, batch: int, sources: int, copies: int) -> bytes:
     """`sources` inputs, one after the other, the last `copies` of them read by the operator; the results are added."""
-    graph = _Graph()
+    graph = _Graph(batch)
     current = _SOURCE[type(operator)](graph, operator)
     results = []
     for number in range(sources):
@@ -222,8 +229,10 @@ def _attention_source(graph: _Graph, operator: Attention) -> tuple[str, ...]:
 
 
 def _attention(graph: _Graph, operator: Attention, queries: str, keys: str, values: str) -> str:
+    batch = graph.batch * operator.batch
+
     def split(source: str, length: int, width: int, order: tuple[int, ...]) -> str:
-        shape = graph.integers(operator.batch, length, operator.heads, width)
+        shape = graph.integers(batch, length, operator.heads, width)
         return graph.add("Transpose", graph.add("Reshape", source, shape), perm=order)
 
     # Both factors are scaled by the root of the scale, as exporters do for the sake of half precision.
@@ -232,7 +241,7 @@ def _attention(graph: _Graph, operator: Attention, queries: str, keys: str, valu
     key = graph.add("Mul", split(keys, operator.keys, operator.width, (0, 2, 3, 1)), scale)
     weights = graph.add("Softmax", graph.add("MatMul", query, key), axis=-1)
     mixed = graph.add("MatMul", weights, split(values, operator.keys, operator.value_width, (0, 2, 1, 3)))
-    shape = graph.integers(operator.batch, operator.queries, operator.heads * operator.value_width)
+    shape = graph.integers(batch, operator.queries, operator.heads * operator.value_width)
     return graph.add("Reshape", graph.add("Transpose", mixed, perm=(0, 2, 1, 3)), shape)
 
 

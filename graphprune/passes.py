@@ -36,12 +36,12 @@ Samples = tuple[float, ...]
 """Seconds per execution of one operator, one for each pass."""
 
 
-def lots(operators: Sequence[Operator]) -> Iterator[Benches]:
-    """The operators' models, in lots that fit into memory together."""
+def lots(operators: Sequence[Operator], batch: int) -> Iterator[Benches]:
+    """The operators' models at a batch size, in lots that fit into memory together."""
     lot: Benches = {}
     size = 0
     for operator in operators:
-        bench = microbench(operator)
+        bench = microbench(operator, batch)
         weight = len(bench.model) + len(bench.baseline)
         if lot and (len(lot) == LOT_OPERATORS or size + weight > LOT_BYTES):
             yield lot
@@ -56,9 +56,10 @@ def measure_lot(engine: Engine, lot: Benches, nominal: Mapping[Operator, float])
     """The samples of every operator of the lot, or the text of the error that prevented them.
 
     `nominal` holds seconds of the references; where it does, times are stated for a machine that is as fast as it was
-    then. An operator is measured again while no two of its passes agree.
+    then. An operator is measured again while no two of its passes agree; passes in which its time vanished (the other
+    model was disturbed) count only where nothing else was found.
     """
-    references = {operator: microbench(operator) for operator in nominal}
+    references = {operator: microbench(operator, engine.batch) for operator in nominal}
     measured: dict[Operator, Samples] = {operator: () for operator in lot}
     failed: dict[Operator, str] = {}
     for number in range(MOST_PASSES):
@@ -72,8 +73,8 @@ def measure_lot(engine: Engine, lot: Benches, nominal: Mapping[Operator, float])
             if isinstance(outcome, str):
                 failed[operator] = outcome
             else:
-                measured[operator] += (outcome * scale,)
-    return {operator: failed.get(operator, measured[operator]) for operator in lot}
+                measured[operator] += (outcome * scale if outcome > SHORTEST else SHORTEST,)
+    return {operator: failed.get(operator, _seen(samples)) for operator, samples in measured.items()}
 
 
 def _pass(engine: Engine, benches: Benches) -> dict[Operator, float | str]:
@@ -100,5 +101,12 @@ def _scale(outcomes: Mapping[Operator, float | str], nominal: Mapping[Operator, 
 
 
 def _agree(samples: Samples) -> bool:
-    """Whether the closest two samples are close enough."""
-    return min(math.log(b / a) for a, b in pairwise(sorted(samples))) <= AGREEMENT
+    """Whether the closest two samples are close enough; where a time vanished, that is no agreement."""
+    seen = sorted(sample for sample in samples if sample > SHORTEST)
+    return min((math.log(b / a) for a, b in pairwise(seen)), default=math.inf) <= AGREEMENT
+
+
+def _seen(samples: Samples) -> Samples:
+    """The samples without those in which the time vanished, where enough are left."""
+    seen = tuple(sample for sample in samples if sample > SHORTEST)
+    return seen if len(seen) >= PASSES else samples

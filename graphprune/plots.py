@@ -51,6 +51,10 @@ STYLE = {
 }
 
 
+LONGEST = 3.0
+"""Latencies are shown up to so many times the larger median: a single disturbed run must not squeeze all others."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """A point of the trade-off: `cost` as a share of the dense model, accuracy in [0, 1]."""
@@ -76,9 +80,9 @@ def tradeoff(trials: Sequence[Trial], marks: Sequence[Mark], limit: float | None
         figure, axes = _figure(7.4, 4.0)
         if limit is not None:
             axes.axvline(limit, color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-            axes.annotate(
-                f"target {limit:.2f}", (limit, 0), (-4, 4), ("data", "axes fraction"), "offset points",
-                fontsize=9, horizontalalignment="right",
+            axes.annotate(  # above the axes, where no point lies
+                f"target {limit:.2f}", (limit, 1), (0, 3), ("data", "axes fraction"), "offset points",
+                fontsize=9, horizontalalignment="center",
             )  # fmt: skip
         for met, colour, marker, name in ((False, "muted", "x", "misses the target"), (True, "accent", "o", "trial")):
             found = [trial for trial in trials if trial.met is met]
@@ -136,7 +140,13 @@ def distributions(dense: Sequence[float], pruned: Sequence[float]) -> str:
             axes.step([ordered[0], *ordered], [0, *shares], where="post", color=COLOURS[colour], linestyle=style,
                       linewidth=2, label=label)  # fmt: skip
             axes.axvline(median(ordered), color=COLOURS[colour], linewidth=0.8)
-        axes.set_xlabel(f"latency of one run, {unit}")
+        runs = [sample * scale for sample in (*dense, *pruned)]
+        end = LONGEST * scale * max(median(dense), median(pruned))
+        beyond = sum(run > end for run in runs)
+        if beyond:
+            axes.set_xlim(min(runs) - 0.05 * (end - min(runs)), end)
+        longer = f"; {beyond} of {len(runs)} runs took longer than shown" if beyond else ""
+        axes.set_xlabel(f"latency of one run, {unit}{longer}")
         axes.set_ylabel("runs at most so long")
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
@@ -154,13 +164,15 @@ def learning(history: Sequence[tuple[int, float, float]], dense: float | None, b
         epochs = [epoch for epoch, *_ in history]
         marker = "o" if len(history) < 40 else ""
         accuracy.plot(epochs, [entry[2] for entry in history], color=COLOURS["good"], marker=marker, markersize=4)
-        for value, name, colour in ((dense, "dense", "dense"), (before, "before", "muted")):
-            if value is not None:
-                accuracy.axhline(value, color=COLOURS[colour], linestyle="--", linewidth=1.2)
-                accuracy.annotate(
-                    name, (1, value), (0, 3), ("axes fraction", "data"), "offset points",
-                    fontsize=9, horizontalalignment="right", color=COLOURS[colour],
-                )  # fmt: skip
+        lines = [(dense, "dense", "dense"), (before, "before", "muted")]
+        known = sorted((value, name, colour) for value, name, colour in lines if value is not None)
+        for number, (value, name, colour) in enumerate(known):
+            below = number < len(known) - 1  # names of lines that are close do not meet, and none is on the curve
+            accuracy.axhline(value, color=COLOURS[colour], linestyle="--", linewidth=1.2)
+            accuracy.annotate(
+                name, (1, value), (4, 0), ("axes fraction", "data"), "offset points", fontsize=9,
+                verticalalignment="top" if below else "bottom", color=COLOURS[colour],
+            )  # fmt: skip
         accuracy.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
         accuracy.set_ylabel("accuracy on validation data")
         loss.plot(epochs, [entry[1] for entry in history], color=COLOURS["accent"], marker=marker, markersize=4)

@@ -30,7 +30,8 @@ BLOCK_OPERATORS = tuple(Convolution(1, 32, width, 14, 14, (3, 3), padding=(1, 1,
 
 @dataclass
 class Profile:
-    """Times of operators on one engine; `cache` is the file that keeps them for all processes of this machine.
+    """Times of operators on one engine, at its batch; `cache` is the file that keeps them for all processes of this
+    machine, for each engine, number of threads and batch apart.
 
     Times are stated for the speed that the machine had when it was first profiled, so that operators measured at
     different moments compare. An operator that the engine cannot run has a Timing with an error, NaN seconds, and
@@ -109,12 +110,12 @@ class Profile:
         missing = self._recall(operators)
         if not missing:
             return
-        for lot in lots(self._recall(REFERENCES)):
+        for lot in lots(self._recall(REFERENCES), self.engine.batch):
             self._keep(measure_lot(self.engine, lot, {}))
         references = {o: self.seconds(o) for o in REFERENCES if self._timings[o].error is None}
         missing = self._recall(missing)
         done = 0
-        for lot in lots(missing):
+        for lot in lots(missing, self.engine.batch):
             self._keep(measure_lot(self.engine, lot, references))
             done += len(lot)
             if progress is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from graphprune.calibration import by_channel, by_tap, features_of, gram, largest_activation, positions_of, vectors
-from graphprune.compensation import solve_rows
+from graphprune.compensation import cholesky, solve_rows
 from graphprune.cuts import Cuts
 from graphprune.exported import cut_program, plain_module
 from graphprune.graph import Layer, ModelGraph
@@ -223,9 +223,9 @@ def least_squares(
     diagonal = torch.diagonal(moments, dim1=1, dim2=2)
     strength = (pull * diagonal.mean(1) + 1e-9)[:, None, None]
     moments = moments + strength * torch.eye(moments.shape[-1], dtype=moments.dtype)
-    wanted = cross + strength * start.double().transpose(1, 2)
+    wanted = cross + strength * start.double().mT
     if mask is None:
-        best = torch.linalg.solve(moments, wanted).transpose(1, 2)
+        best = torch.cholesky_solve(wanted, cholesky(moments)).mT
     else:
         best = solve_rows(moments[0], wanted[0].T.contiguous(), mask)[None]
     shift = mean_out[:, 0] - torch.einsum("gof,gf->go", best, mean_in[:, 0])

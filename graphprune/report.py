@@ -1,13 +1,14 @@
 """The report: one HTML file that shows what was cut and what it bought. It works offline, in light and in dark."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from graphprune import plots
 from graphprune.atomic import write_text
+from graphprune.conditions import Condition, engine_rows, offers
 from graphprune.drawing import SIZE, PlanLabels, draw
 from graphprune.measure import Measurement, verdict
 from graphprune.plan import Choice
@@ -15,7 +16,7 @@ from graphprune.record import Record, Share
 from graphprune.registry import pattern
 from graphprune.result import Result
 from graphprune.templates import render
-from graphprune.wording import SAME, headline, latency, percent, quantity, seconds, signed, speed, warnings
+from graphprune.wording import SAME, headline, latency, percent, quantity, seconds, setting, signed, speed, warnings
 
 COSTS = {"latency": "latency", "flops": "FLOPs", "params": "parameters"}
 
@@ -53,16 +54,25 @@ class Contender:
     chosen: bool = False
 
 
-def write_report(result: Result, path: Path, measurement: Measurement | None = None, title: str = "") -> Path:
+def write_report(
+    result: Result,
+    path: Path,
+    measurement: Measurement | None = None,
+    title: str = "",
+    conditions: Sequence[Condition] = (),
+) -> Path:
     """Write the report of a result to `path` and return it. The same result gives the same bytes.
 
-    `measurement` is the final one (dense first, pruned last); without it the record's own latency is shown. Raises
-    InputError when the file cannot be written.
+    `measurement` is the final one (dense first, pruned last); without it the record's own latency is shown.
+    `conditions` are the engines, threads and batches to show side by side. Raises InputError when the file cannot be
+    written.
     """
-    return write_text(path, render("report.html.j2", _context(result, measurement, title)))
+    return write_text(path, render("report.html.j2", _context(result, measurement, title, conditions)))
 
 
-def _context(result: Result, measurement: Measurement | None, title: str) -> dict[str, object]:
+def _context(
+    result: Result, measurement: Measurement | None, title: str, conditions: Sequence[Condition]
+) -> dict[str, object]:
     share = measurement.shares[-1] if measurement is not None else result.record.measured
     search = _searched(result)
     chosen = sorted({choice.pattern for choice in result.plan.choices})
@@ -82,6 +92,8 @@ def _context(result: Result, measurement: Measurement | None, title: str) -> dic
         "plan": _plan(result),
         "latency": plots.distributions(share.dense, share.candidate) if share else None,
         "samples": len(share.candidate) if share else 0,
+        "engines": engine_rows(conditions, share.engine if share else "") if len(conditions) > 1 else [],
+        "offers": offers(conditions),
         "learning": _learning(result, search),
         "notes": result.notes,
         "facts": _facts(result, share),
@@ -107,7 +119,8 @@ def _rows(result: Result, share: Share | None) -> list[Row]:
     if share is not None:
         dense, pruned = median(share.dense), median(share.candidate)
         times = latency(dense, dense), latency(pruned, dense)
-        rows.append(Row("latency, batch 1, median", times[0], times[1], speed(share), verdict(share) != "faster"))
+        name = f"latency, {setting(share.engine)}, median"
+        rows.append(Row(name, *times, speed(share), verdict(share) != "faster"))
     for name, old, new in (("FLOPs", before.flops, after.flops), ("parameters", before.params, after.params)):
         if old and new:
             rows.append(

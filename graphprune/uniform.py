@@ -96,6 +96,7 @@ class _Unmeasured:
     """Stands for an engine whose times may be read from the cache, but not be measured now."""
 
     identity: str
+    batch: int = 1
     sparse_kernels: bool = False
 
     def run(self, model: Model, inputs: Mapping[str, NDArray[np.generic]]) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import math
 
+from graphprune.engines import settings_in
 from graphprune.measure import verdict
 from graphprune.record import Share
 from graphprune.result import Result
@@ -63,6 +64,12 @@ def speed(share: Share) -> str:
         value, low, high = 1 / value, 1 / high, 1 / low
     word = "as fast" if share.value <= 1 else "as long"
     return f"{value:.2f} times {word} (95 % interval {low:.2f} to {high:.2f}): {verdict(share)}"
+
+
+def setting(identity: str) -> str:
+    """How an engine ran, from its identity: "batch 1, 1 thread"."""
+    told = settings_in(identity)
+    return f"batch {told['batch']}, {told['threads']} thread{'s' if told['threads'] > 1 else ''}"
 
 
 def signed(value: float, form: str) -> str:

@@ -37,6 +37,7 @@ EngineName = Annotated[
     str, typer.Option("--engine", metavar="NAME", help="What latency means: onnxruntime, or openvino (an extra).")
 ]
 Threads = Annotated[int, typer.Option(metavar="N", help="Threads of the engine while timing.")]
+Batch = Annotated[int, typer.Option(metavar="N", help="Images in a timed run.")]
 OwnModel = Annotated[
     str | None,
     typer.Option(

@@ -10,7 +10,7 @@ from rich.table import Table
 
 import graphprune as gp
 from graphprune.commands import base
-from graphprune.commands.base import Answer, EngineName, InputSize, OwnModel, Threads, Verb, Weights
+from graphprune.commands.base import Answer, Batch, EngineName, InputSize, OwnModel, Threads, Verb, Weights
 from graphprune.errors import InputError
 
 
@@ -59,6 +59,7 @@ class Bench(Verb):
     rounds: Annotated[int, typer.Option(metavar="N", help="Samples of each file.")] = 50
     engine: EngineName = "onnxruntime"
     threads: Threads = 1
+    batch: Batch = 1
     provider: Annotated[
         str | None, typer.Option(metavar="NAME", help="ONNX Runtime's execution provider.", show_default=False)
     ] = None
@@ -68,7 +69,8 @@ class Bench(Verb):
         from graphprune.delivery import timed
 
         chosen = {} if self.provider is None else {"provider": self.provider}
-        measurement = timed(self.files, base.engine(self.engine, threads=self.threads, **chosen), self.rounds)
+        engine = base.engine(self.engine, threads=self.threads, batch=self.batch, **chosen)
+        measurement = timed(self.files, engine, self.rounds)
         for name, timing in zip(measurement.names, measurement.timings, strict=True):
             if timing.error is not None:
                 raise InputError(timing.error if name in timing.error else f"{name}: {timing.error}")

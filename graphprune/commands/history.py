@@ -1,38 +1,90 @@
 """`report` and `runs`: what earlier runs left behind."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from graphprune.commands import base
 from graphprune.commands.base import Answer, Folder, OwnModel, Verb
+from graphprune.console import Bars
 from graphprune.layout import REPORT, STUDY
 
 if TYPE_CHECKING:
+    from graphprune.conditions import Condition, EngineRow
+    from graphprune.engines.base import Engine
     from graphprune.record import Record
     from graphprune.study import Summary
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Verb):
-    """Write report.html in DIR again from what is saved there."""
+    """Write report.html in DIR again from what is saved there.
+
+    With --engine, --threads or --batch, each of which may be given several times, the delivered model is also measured
+    under every combination of them, against the dense one. DIR keeps what was measured, for later reports.
+
+    Example: graphprune report out --engine onnxruntime --engine openvino --batch 1 --batch 8 --gains
+    """
 
     folder: Folder
     model: OwnModel = None
     title: Annotated[str, typer.Option(metavar="TEXT", help="Heading of the report.", show_default=False)] = ""
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="onnxruntime, or openvino (an extra). Default: as searched."),
+    ] = None
+    threads: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Threads of the engines. Default: as searched.")
+    ] = None
+    batch: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Images in a timed run. Default: as searched.")
+    ] = None
+    gains: Annotated[
+        bool,
+        typer.Option(
+            "--gains",
+            help="Compare what these engines, and that of the search, let a search cut. Layers that this machine has "
+            "not timed there yet are timed now: some minutes for each.",
+        ),
+    ] = False
 
     def run(self) -> Answer:
-        """Restore the result, write the report."""
-        from graphprune import delivery
+        """Restore the result, measure what is asked for, write the report."""
+        from graphprune import comparison, delivery
+        from graphprune.conditions import engine_rows
         from graphprune.report import write_report
 
         result = delivery.restore(self.folder, self.model)
         measurement = delivery.measurement_of(result)
-        path = write_report(result, self.folder / REPORT, measurement, self.title or result.spec)
-        facts = {"file": str(path), "trials": len(result.records), "met": result.met}
-        return Answer(facts, (f"{path}: {len(result.records)} trials",))
+        own = measurement.engine if measurement is not None else ""
+        if engines := self._engines(own):
+            with Bars() as bars:
+                found = comparison.compare(result, self.folder, engines, self.gains, bars.update)
+        else:
+            found = comparison.known(result, self.folder)
+        path = write_report(result, self.folder / REPORT, measurement, self.title or result.spec, found)
+        measured = [_engine_facts(condition) for condition in found]
+        facts = {"file": str(path), "trials": len(result.records), "met": result.met, "engines": measured}
+        compared = [_engines(engine_rows(found, own))] if len(found) > 1 else []
+        return Answer(facts, (*compared, f"{path}: {len(result.records)} trials"))
+
+    def _engines(self, own: str) -> "list[Engine]":
+        """Every engine that is asked for; with --gains, that of the search is one of them."""
+        from graphprune.engines import settings_in
+
+        asked, searched = (self.engine, self.threads, self.batch), settings_in(own)
+        wanted = list(product(*(given or [searched[name]] for given, name in zip(asked, searched, strict=True))))
+        if self.gains:
+            wanted.insert(0, tuple(searched.values()))
+        elif not any(asked):
+            return []
+        return [base.engine(name, threads=threads, batch=batch) for name, threads, batch in dict.fromkeys(wanted)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +111,27 @@ class Runs(Verb):
             facts["trials"] = {name: [_trial_facts(record) for record in found] for name, found in records.items()}
             view += tuple(_trials(name, found) for name, found in records.items())
         return Answer(facts, view)
+
+
+def _engine_facts(condition: "Condition") -> dict[str, Any]:
+    """A measured share as JSON; seconds are medians of a run."""
+    share = condition.share
+    return {
+        "engine": share.engine,
+        "share": share.value,
+        "interval": [share.low, share.high],
+        "seconds": {"dense": median(share.dense), "pruned": median(share.candidate)},
+    }
+
+
+def _engines(rows: "Sequence[EngineRow]") -> Table:
+    table = Table(title="latency of the pruned model on each engine", title_justify="left")
+    for heading in ("engine", "threads", "batch", "share of dense (95 %)", "verdict"):
+        numeric = heading in ("threads", "batch", "share of dense (95 %)")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=heading != "verdict")
+    for row in rows:
+        table.add_row(row.engine, str(row.threads), str(row.batch), row.share, row.verdict)
+    return table
 
 
 def _summary_facts(summary: "Summary") -> dict[str, Any]:

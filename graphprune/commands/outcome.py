@@ -58,6 +58,8 @@ def _share(delivery: "Delivery") -> Any:
 
 def comparison(delivery: "Delivery", scores: "Scores") -> Table:
     """Accuracy, measured latency with its interval, FLOPs and parameters: dense, pruned, change."""
+    from graphprune.wording import setting
+
     share = _share(delivery)
     table = Table(title=f"{delivery.result.spec or 'the model'} on {delivery.measurement.engine}", title_justify="left")
     table.add_column("")
@@ -67,7 +69,7 @@ def comparison(delivery: "Delivery", scores: "Scores") -> Table:
         table.add_row(name, f"{100 * before:.1f} %", f"{100 * after:.1f} %", f"{100 * (after - before):+.1f} points")
     dense, pruned = (timing.median for timing in delivery.measurement.timings)
     speedup = f"{1 / share.value:.2f}x ({1 / share.high:.2f} to {1 / share.low:.2f}) {delivery.measurement.verdict}"
-    table.add_row("latency, batch 1", f"{1e3 * dense:.3f} ms", f"{1e3 * pruned:.3f} ms", speedup)
+    table.add_row(f"latency, {setting(share.engine)}", f"{1e3 * dense:.3f} ms", f"{1e3 * pruned:.3f} ms", speedup)
     table.add_row("FLOPs", *_counts(delivery.dense.flops, delivery.pruned.flops, 1e6, "M"))
     table.add_row("parameters", *_counts(delivery.dense.params, delivery.pruned.params, 1e3, "k"))
     return table

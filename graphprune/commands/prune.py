@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -10,6 +10,7 @@ import graphprune as gp
 from graphprune.commands import base, outcome
 from graphprune.commands.base import (
     Answer,
+    Batch,
     Calibration,
     Data,
     EngineName,
@@ -58,7 +59,7 @@ class Prune(Verb):
     latency: Annotated[float | None, _bound("Measured latency as a share of the dense model's, e.g. 0.5.")] = None
     flops: Annotated[float | None, _bound("FLOPs as a share of the dense model's.")] = None
     params: Annotated[float | None, _bound("Parameters as a share of the dense model's.")] = None
-    latency_ms: Annotated[float | None, _bound("Latency in milliseconds, batch 1.", "MS")] = None
+    latency_ms: Annotated[float | None, _bound("Latency of a run in milliseconds.", "MS")] = None
     flops_g: Annotated[float | None, _bound("FLOPs in billions (a multiply-add counts as 2).", "GFLOPS")] = None
     params_m: Annotated[float | None, _bound("Parameters in millions.", "MILLIONS")] = None
 
@@ -88,6 +89,7 @@ class Prune(Verb):
     ] = None
     engine: EngineName = "onnxruntime"
     threads: Threads = 1
+    batch: Batch = 1
     input_size: InputSize = None
 
     def run(self) -> Answer:
@@ -95,7 +97,7 @@ class Prune(Verb):
         from graphprune import delivery, models, steps
         from graphprune.recipe import Recipe
 
-        target, engine = self._target(), base.engine(self.engine, threads=self.threads)
+        target, engine = self._target(), base.engine(self.engine, threads=self.threads, batch=self.batch)
         if self.epochs < 0 or self.trials < 1:
             raise InputError("--epochs must be at least 0 and --trials at least 1")
         agent, data = self._agent(), base.named_data(self.data, self.calibration)
@@ -178,7 +180,10 @@ class Finetune(Verb):
     engine: Annotated[
         str | None, typer.Option("--engine", metavar="NAME", help="What latency means. Default: as in the search.")
     ] = None
-    threads: Threads = 1
+    threads: Annotated[int | None, typer.Option(metavar="N", help="Its threads. Default: as in the search.")] = None
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Images in a timed run. Default: as in the search.")
+    ] = None
 
     def run(self) -> Answer:
         """Restore, fine-tune, deliver."""
@@ -187,8 +192,9 @@ class Finetune(Verb):
 
         result = delivery.restore(self.folder, self.model, self.weights)
         measured = result.record.measured
-        name = self.engine or engines.named_in(measured.engine if measured else "")
-        engine = base.engine(name, threads=self.threads)
+        searched = engines.settings_in(measured.engine if measured else "")
+        asked: dict[str, Any] = {"name": self.engine, "threads": self.threads, "batch": self.batch}
+        engine = base.engine(**{name: searched[name] if value is None else value for name, value in asked.items()})
         size = result.graph.inputs[0][1][-1]
         data = base.named_data(self.data, self.calibration)
         task = steps.load_task(data, result.spec, result.dense, size, self.seed)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 import graphprune as gp
 from graphprune.commands import base
-from graphprune.commands.base import Answer, EngineName, InputSize, Model, Threads, Verb, Weights
+from graphprune.commands.base import Answer, Batch, EngineName, InputSize, Model, Threads, Verb, Weights
 from graphprune.console import Bars
 from graphprune.errors import InputError
 
@@ -32,6 +32,7 @@ class Trace(Verb):
     ] = False
     engine: EngineName = "onnxruntime"
     threads: Threads = 1
+    batch: Batch = 1
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Draw the layers, coloured by what is cut together.")
     ] = None
@@ -45,7 +46,7 @@ class Trace(Verb):
         graph = traced(self.model, self.weights, self.input_size)
         if self.picture is not None:
             write_picture(graph, self.picture)
-        profile = operator_profile(self.engine, self.threads) if self.gains else None
+        profile = operator_profile(self.engine, self.threads, self.batch) if self.gains else None
         if profile is not None:
             measure_all(graph, profile)
         sites = graph.sites(profile)
@@ -81,6 +82,7 @@ class Profile(Verb):
     input_size: InputSize = None
     engine: EngineName = "onnxruntime"
     threads: Threads = 1
+    batch: Batch = 1
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw what patterns gain as a heat map: FILE.png, .svg or .pdf.")
     ] = None
@@ -92,7 +94,7 @@ class Profile(Verb):
 
         if self.picture is not None:
             heatmap.check(self.picture)
-        profile = operator_profile(self.engine, self.threads)
+        profile = operator_profile(self.engine, self.threads, self.batch)
         with Bars() as bars:
             graphs = self._graphs(bars)
             cells = grid.cells(graphs, profile, list(patterns().values()), bars.stage("profile"))
@@ -122,11 +124,11 @@ class Profile(Verb):
         return grid.typical_graphs(bars.stage("trace"))
 
 
-def operator_profile(engine: str, threads: int) -> "OperatorProfile":
-    """The machine's profile for an engine with this many threads."""
+def operator_profile(engine: str, threads: int, batch: int) -> "OperatorProfile":
+    """The machine's profile for an engine with this many threads, at this batch."""
     from graphprune.profile import Profile
 
-    return Profile(base.engine(engine, threads=threads))
+    return Profile(base.engine(engine, threads=threads, batch=batch))
 
 
 def traced(spec: str, weights: Path | None, size: int | None) -> "ModelGraph":

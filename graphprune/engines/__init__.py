@@ -1,5 +1,6 @@
 """The engines: each module here wraps one inference engine behind `graphprune.engines.base.Engine`."""
 
+import re
 from dataclasses import asdict, fields
 from importlib import import_module
 from typing import Any
@@ -29,10 +30,15 @@ def create(name: str, **settings: Any) -> Engine:
     return engine
 
 
-def named_in(identity: str) -> str:
-    """The name of the engine that has an identity; ONNX Runtime for one that is not known here."""
+def settings_in(identity: str) -> dict[str, Any]:
+    """The `name`, `threads` and `batch` that an identity tells; ONNX Runtime for an engine that is not known here."""
     name = identity.partition(" ")[0]
-    return name if name in ENGINES else "onnxruntime"
+    threads, batch = re.search(r"(\d+) threads", identity), re.search(r"batch (\d+)$", identity)
+    return {
+        "name": name if name in ENGINES else "onnxruntime",
+        "threads": int(threads[1]) if threads else 1,
+        "batch": int(batch[1]) if batch else 1,
+    }
 
 
 def settings_of(engine: Engine) -> dict[str, Any] | None:

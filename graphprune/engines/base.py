@@ -31,7 +31,12 @@ class Engine(Protocol):
 
     @property
     def identity(self) -> str:
-        """Names the engine, its version, threads, provider and processor: the scope in which timings compare."""
+        """Names the engine, its version, threads, provider, processor and batch: the scope in which timings compare."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """How many examples one timed run takes."""
         ...
 
     @property
@@ -46,6 +51,7 @@ class Engine(Protocol):
     def measure(self, models: Sequence[Model], rounds: int = 30) -> list[Timing]:
         """Time the models interleaved: each of the `rounds` takes one sample of every model, in shuffled order.
 
-        Inputs are random with a fixed seed, dynamic axes are 1.
+        Inputs are random with a fixed seed. A dynamic first axis is `batch`, every other one 1; a model whose batch is
+        fixed and no multiple of `batch` gets an error.
         """
         ...

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from graphprune.engines.base import Model, Timing
+from graphprune.engines.sampling import check_batch
 from graphprune.errors import InputError, StepError
 
 SECONDS_PER_PRODUCT = 1e-11
@@ -29,10 +30,13 @@ Shape = tuple[int, ...]
 class FakeEngine:
     """Times a graph as the sum over its nodes of a constant plus the multiply-adds of convolutions and products.
 
+    The threads share the multiply-adds evenly.
+
     Output channels of a convolution count in whole vector blocks of `block`, as they do in real engines. `noise` is
     the standard deviation of the logarithm of a sample, drawn from `seed`. `failing` holds the numbers (from 0, in
     order of arrival) of the models whose measurement fails. `models` counts those asked for so far, `calls` the calls
-    of `measure`. Dynamic axes are 1. With `sparse_kernels`, weights with 2 in each 4 inputs zero count half.
+    of `measure`. A dynamic first axis is `batch`, every other one 1. With `sparse_kernels`, weights with 2 in each 4
+    inputs zero count half.
     """
 
     block: int = 16
@@ -42,12 +46,15 @@ class FakeEngine:
     failing: Collection[int] = ()
     models: int = 0
     calls: int = 0
+    threads: int = 1
+    batch: int = 1
 
     @property
     def identity(self) -> str:
         """All that the timings depend on."""
+        settings = f"block {self.block}, noise {self.noise}, seed {self.seed}, {self.threads} threads"
         kernels = ", 2:4 kernels" if self.sparse_kernels else ""
-        return f"fake, block {self.block}, noise {self.noise}, seed {self.seed}{kernels}"
+        return f"fake, {settings}{kernels}{f', batch {self.batch}' if self.batch != 1 else ''}"
 
     def run(self, model: Model, inputs: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.generic]]:
         """The outputs by ONNX's reference implementation. Raises as the contract says."""
@@ -67,7 +74,7 @@ class FakeEngine:
             number, self.models = self.models, self.models + 1
             try:
                 exact = math.nan if number in self.failing else self.seconds(model)
-            except InputError as error:
+            except (InputError, StepError) as error:
                 timings.append(Timing(error=str(error)))
                 continue
             samples = tuple(exact * math.exp(self.noise * generator.gauss(0, 1)) for _ in range(rounds))
@@ -75,12 +82,14 @@ class FakeEngine:
         return timings
 
     def seconds(self, model: Model) -> float:
-        """The exact time of one run in seconds. Raises InputError for what is no ONNX model."""
-        graph = _fixed(_load(model))
+        """The exact time of one run in seconds. Raises InputError for what is no ONNX model, StepError for a batch that
+        it cannot have.
+        """
+        graph = _fixed(_load(model), self.batch)
         shapes = _shapes(graph)
         halved = _halved(graph) if self.sparse_kernels else set()
         products = sum(self._products(node, shapes) / (2 if halved & {*node.input} else 1) for node in graph.graph.node)
-        return products * SECONDS_PER_PRODUCT + len(graph.graph.node) * SECONDS_PER_NODE
+        return products * SECONDS_PER_PRODUCT / self.threads + len(graph.graph.node) * SECONDS_PER_NODE
 
     def _products(self, node: Any, shapes: Mapping[str, Shape]) -> int:
         """Multiply-adds of one node."""
@@ -107,13 +116,16 @@ def _load(model: Model) -> Any:
     return loaded
 
 
-def _fixed(model: Any) -> Any:
-    """The same model with every dynamic axis 1 and no shapes but those of its inputs."""
+def _fixed(model: Any, batch: int) -> Any:
+    """The same model with every dynamic axis fixed and no shapes but those of its inputs."""
     del model.graph.value_info[:]
-    for entry in model.graph.input:
-        for axis in entry.type.tensor_type.shape.dim:
+    shapes = [entry.type.tensor_type.shape.dim for entry in model.graph.input]
+    firsts = [axes[0] for axes in shapes if axes]
+    check_batch([first.dim_value if first.HasField("dim_value") else None for first in firsts], batch)
+    for axes in shapes:
+        for number, axis in enumerate(axes):
             if not axis.HasField("dim_value"):
-                axis.dim_value = 1
+                axis.dim_value = 1 if number else batch
     for entry in model.graph.output:
         entry.type.tensor_type.ClearField("shape")
     return onnx.shape_inference.infer_shapes(model, data_prop=True)

@@ -13,6 +13,7 @@ from graphprune.engines.base import Model, Timing
 from graphprune.engines.sampling import (
     SEED,
     Run,
+    check_batch,
     check_counts,
     check_file,
     interleaved,
@@ -129,8 +130,10 @@ class OnnxRuntimeEngine:
 
     def _inputs(self, session: Any) -> dict[str, NDArray[np.generic]]:
         generator = np.random.default_rng(SEED)
-        found = {}
-        for entry in session.get_inputs():
+        entries, found = session.get_inputs(), {}
+        firsts = [entry.shape[0] for entry in entries if entry.shape]
+        check_batch([first if isinstance(first, int) else None for first in firsts], self.batch)
+        for entry in entries:
             if entry.type not in ELEMENTS:
                 raise StepError(f"an input of type {entry.type} cannot be filled with random values")
             found[entry.name] = random_values(generator, ELEMENTS[entry.type], self._shape(entry.shape))

@@ -14,6 +14,7 @@ from graphprune.engines.base import Model, Timing
 from graphprune.engines.sampling import (
     SEED,
     Run,
+    check_batch,
     check_counts,
     check_file,
     interleaved,
@@ -85,6 +86,8 @@ class OpenVinoEngine:
                 raise StepError(f"an input of type {kind} cannot be filled with random values")
             if port.partial_shape.rank.is_dynamic:
                 raise StepError(f"the input {port.any_name!r} has no fixed number of axes")
+        firsts = [port.partial_shape[0] for port in read.inputs if len(port.partial_shape)]
+        check_batch([None if first.is_dynamic else len(first) for first in firsts], self.batch)
         try:
             read.reshape({port: self._shape(port.partial_shape) for port in read.inputs})
         except RuntimeError as error:
@@ -111,6 +114,7 @@ class OpenVinoEngine:
         settings = {
             "INFERENCE_NUM_THREADS": self.threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32",
+            "ENABLE_CPU_PINNING": False,  # pinned to a core that another process keeps busy, it would only wait
         }  # fmt: skip
         try:
             return openvino.Core().compile_model(read, "CPU", settings).create_infer_request()

@@ -97,6 +97,12 @@ def check_counts(**counts: int) -> None:
             raise InputError(f"{name} must be at least 1, not {value}")
 
 
+def check_batch(firsts: Sequence[int | None], batch: int) -> None:
+    """Raise StepError where no input can hold `batch` examples. `firsts` are their first axes, None where dynamic."""
+    if batch > 1 and not any(first is None or first % batch == 0 for first in firsts):
+        raise StepError(f"its batch is fixed, so that it cannot be timed at batch {batch}")
+
+
 def check_file(model: Model) -> None:
     """Raise InputError for a path at which there is no file."""
     if not isinstance(model, bytes) and not Path(model).is_file():

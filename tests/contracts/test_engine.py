@@ -14,22 +14,22 @@ from graphprune.engines.base import Engine
 from graphprune.engines.fake import FakeEngine
 from graphprune.errors import InputError, StepError
 
-ENGINES: dict[str, Callable[[], Engine]] = {
+ENGINES: dict[str, Callable[..., Engine]] = {
     "fake": FakeEngine, **{name: partial(engines.create, name) for name in engines.ENGINES},
 }  # fmt: skip
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
-def product(copies: int = 1, operation: str = "MatMul") -> bytes:
-    """y = x W + ... + x W with x of shape [any, 3]."""
+def product(copies: int = 1, operation: str = "MatMul", batch: str | int = "any") -> bytes:
+    """y = x W + ... + x W with x of shape [batch, 3]."""
     nodes = [helper.make_node(operation, ["x", "w"], [f"p{i}"]) for i in range(copies)]
     nodes.append(helper.make_node("Sum", [f"p{i}" for i in range(copies)], ["y"]))
     graph = helper.make_graph(
         nodes,
         "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["any", 3])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["any", 4])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 4])],
         [numpy_helper.from_array(WEIGHT, "w")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -49,6 +49,12 @@ def chain(length: int) -> bytes:
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Engine:
     return ENGINES[request.param]()
+
+
+@pytest.fixture(params=ENGINES)
+def made(request: pytest.FixtureRequest) -> Callable[..., Engine]:
+    """Makes an engine with settings."""
+    return ENGINES[request.param]
 
 
 @pytest.fixture
@@ -120,3 +126,25 @@ def test_failure_is_a_value_and_spares_the_other_models(engine: Engine, no_model
 def test_more_work_takes_longer(engine: Engine) -> None:
     few, many = engine.measure([chain(1), chain(100)], rounds=5)
     assert min(many.samples) > min(few.samples)
+
+
+def test_threads_and_batch_are_settings_that_the_identity_tells(made: Callable[..., Engine]) -> None:
+    settings = [(1, 1), (2, 1), (1, 8), (2, 8)]
+    found = [made(threads=threads, batch=batch) for threads, batch in settings]
+    assert [engine.batch for engine in found] == [1, 1, 8, 8]
+    assert len({engine.identity for engine in found}) == 4
+    for engine in found:
+        assert engine.measure([product()], rounds=2)[0].error is None
+
+
+def test_a_fixed_batch_is_not_timed_as_another(made: Callable[..., Engine]) -> None:
+    one, eight, free = made(batch=8).measure([product(batch=1), product(batch=8), product()], rounds=2)
+    assert one.error is not None
+    assert "batch 8" in one.error
+    assert (eight.error, free.error) == (None, None)
+    assert made(batch=1).measure([product(batch=8)], rounds=2)[0].error is None
+
+
+def test_a_larger_batch_is_more_work(made: Callable[..., Engine]) -> None:
+    (one,), (many,) = (made(batch=batch).measure([chain(100)], rounds=5) for batch in (1, 512))
+    assert min(many.samples) > min(one.samples)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,17 +28,24 @@ from graphprune.counting import count
 from graphprune.engines import fake
 from graphprune.engines.fake import FakeEngine
 from graphprune.errors import InputError, StepError
+from graphprune.profile import Profile
 
 VIT = "timm:vit_tiny_patch16_224?img_size=32&patch_size=8&embed_dim=48&depth=2&num_heads=3&num_classes=2"
 OTHER_VIT = VIT.replace("embed_dim=48", "embed_dim=96")
+REAL_ENGINE = base.engine
 QUICK = ("--agent", "random", "--trials", "3")
+
+
+def fake_engine(name: str, threads: int = 1, batch: int = 1) -> FakeEngine:
+    """Stands for an engine: OpenVINO has another vector block than ONNX Runtime."""
+    return FakeEngine(block=4 if name == "openvino" else 16, threads=threads, batch=batch)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def fake_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Computed timings instead of measured ones, and a cache of timings of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "engine", lambda name, **settings: FakeEngine())
+        patch.setattr(base, "engine", fake_engine)
         patch.setattr(fake, "SECONDS_PER_NODE", 1e-9)  # a tiny model would take its time for its nodes alone
         patch.setenv("GRAPHPRUNE_CACHE", str(tmp_path_factory.mktemp("timings")))
         yield
@@ -255,6 +263,88 @@ def test_report_is_rebuilt_from_what_is_saved(pruned, tmp_path):
     assert speedup in rebuilt
 
 
+MATRIX = ("--engine", "onnxruntime", "--engine", "openvino", "--threads", "1", "--threads", "2", "--batch", "1",
+          "--batch", "8")  # fmt: skip
+
+
+def unmeasured(name: str, threads: int = 1, batch: int = 1) -> FakeEngine:
+    """An engine that must not be asked for a time."""
+    engine = fake_engine(name, threads, batch)
+    engine.measure = lambda *_: pytest.fail("measured again")  # type: ignore[method-assign, assignment]
+    return engine
+
+
+def test_report_measures_every_engine_with_every_thread_and_batch_once(pruned, tmp_path, monkeypatch):
+    out = copied(pruned[0], tmp_path)
+    assert "Other engines" not in (out / "report.html").read_text(encoding="utf-8")
+    facts = good("report", out, *MATRIX, "--json").facts
+    engines = [FakeEngine(block=block, threads=t, batch=b) for block in (16, 4) for t in (1, 2) for b in (1, 8)]
+    assert {one["engine"] for one in facts["engines"]} == {engine.identity for engine in engines}
+    found = {one["engine"]: one for one in facts["engines"]}
+    for engine in engines:
+        dense, cut = (engine.seconds(out / name) for name in ("dense.onnx", "pruned.onnx"))
+        assert found[engine.identity]["seconds"] == pytest.approx({"dense": dense, "pruned": cut})
+        assert found[engine.identity]["share"] == pytest.approx(cut / dense)
+    report = (out / "report.html").read_bytes()
+    assert b"Other engines, threads and batches" in report
+    monkeypatch.setattr(base, "engine", unmeasured)
+    (out / "report.html").unlink()
+    for file in ("dense.onnx", "pruned.onnx"):
+        (out / file).unlink()
+    table = good("report", out).out
+    assert (out / "report.html").read_bytes() == report, "nothing that was measured is lost, and nothing needed again"
+    assert table.count("faster") == 8
+    assert good("report", out, *MATRIX, "--json").facts == facts
+
+
+def test_report_compares_what_engines_let_a_search_cut(pruned, tmp_path, monkeypatch):
+    out = copied(pruned[0], tmp_path)
+    strict = {"onnxruntime": FakeEngine(), "openvino": FakeEngine(noise=0.5)}
+    monkeypatch.setattr(base, "engine", lambda name, **_: strict[name])
+    facts = good("report", out, "--engine", "openvino", "--gains", "--json").facts
+    assert [one["engine"] for one in facts["engines"]] == [engine.identity for engine in strict.values()]
+    graph = gp.trace(models.create(VIT), torch.zeros(2, 3, 32, 32))
+    tables = [graph.sites(Profile(engine)) for engine in strict.values()]
+    levels = [{(s.name, x.pattern, x.level) for s in table for x in s.levels} for table in tables]
+    assert levels[0] != levels[1], "a noisy engine shows fewer gains"
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for pattern in {pattern for _, pattern, _ in levels[0]}:
+        counts = [sum(one == pattern for _, one, _ in offered) for offered in levels]
+        cells = "".join(rf'<td class="number">{count} of \d+</td>' for count in counts)
+        assert re.search(rf'<th scope="row">{pattern}</th>{cells}', page)
+    monkeypatch.setattr(base, "engine", lambda name, **_: pytest.fail("an engine was asked for"))
+    assert good("report", out, "--json").facts == facts
+    assert (out / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_measurements_of_an_earlier_model_are_not_shown(pruned, photos, tmp_path):
+    out = copied(pruned[0], tmp_path)
+    assert len(good("report", out, "--engine", "openvino", "--json").facts["engines"]) == 2
+    good("finetune", out, "--data", f"imagefolder:{photos}", "--epochs", "2")
+    assert len(good("report", out, "--json").facts["engines"]) == 1
+    (out / "engines.json").write_text("[]")
+    assert "engines.json does not hold measurements" in one_line(call("report", out))
+
+
+def test_report_of_a_folder_whose_files_are_gone_or_do_not_run(pruned, tmp_path):
+    out = copied(pruned[0], tmp_path)
+    (out / "pruned.onnx").write_text("not a model")
+    assert "cannot run the pruned model" in one_line(call("report", out, "--engine", "openvino"), 1)
+    (out / "dense.onnx").unlink()
+    assert "dense.onnx" in one_line(call("report", out, "--engine", "openvino"))
+
+
+def test_report_without_the_second_engine_is_one_line(pruned, tmp_path, monkeypatch):
+    out = copied(pruned[0], tmp_path)
+    monkeypatch.setattr(base, "engine", REAL_ENGINE)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "graphprune.engines.openvino", raising=False)
+    line = one_line(call("report", out, "--engine", "onnxruntime", "--engine", "openvino"))
+    assert "'openvino' is not installed" in line
+    assert "pip install graphprune[openvino]" in line
+    assert not (out / "engines.json").exists(), "nothing is measured before all engines are there"
+
+
 def test_runs_lists_studies_and_trials(pruned):
     facts = good("runs", pruned[0], "--trials", "--json").facts
     (study,) = facts["studies"]
@@ -275,6 +365,30 @@ def test_bench_compares_with_the_first_file(pruned):
     table = good("bench", *files).out
     assert f"{pruned[1]['speedup']['value']:.2f}x" in table
     assert "faster" in table
+
+
+def test_bench_takes_engine_threads_and_batch(pruned):
+    files = (pruned[0] / "dense.onnx", pruned[0] / "pruned.onnx")
+    settings = ("--engine", "openvino", "--threads", "2", "--batch", "8")
+    facts = good("bench", *files, *settings, "--rounds", "2", "--json").facts
+    engine = FakeEngine(block=4, threads=2, batch=8)
+    assert facts["engine"] == engine.identity
+    assert [model["median"] for model in facts["models"]] == pytest.approx([engine.seconds(file) for file in files])
+
+
+def test_a_run_and_its_finetuning_take_threads_and_batch(photos, weights, tmp_path):
+    settings = ("--engine", "openvino", "--threads", "2", "--batch", "8")
+    outcome = prune(photos, tmp_path, "--weights", weights, "--epochs", "0", *QUICK, *settings, "--json")
+    engine = FakeEngine(block=4, threads=2, batch=8)
+    assert outcome.facts["engine"] == engine.identity
+    dense = engine.seconds(tmp_path / "dense.onnx")
+    assert outcome.facts["latency"]["dense"] == pytest.approx(dense)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "latency, batch 8, 2 threads, median" in text
+    tune = ("finetune", tmp_path, "--data", f"imagefolder:{photos}", "--epochs", "1", "--json")
+    # The fake engine's name is not known, so that what stands for ONNX Runtime goes on.
+    assert good(*tune).facts["engine"] == FakeEngine(threads=2, batch=8).identity
+    assert good(*tune, "--threads", "1", "--batch", "4").facts["engine"] == FakeEngine(batch=4).identity
 
 
 def copied(folder: Path, place: Path) -> Path:
@@ -302,7 +416,8 @@ def test_trace_lists_groups_and_sites(weights):
 
 
 def test_trace_shows_gains_that_the_engine_would_measure(weights):
-    facts = good("trace", VIT, "--gains", "--json").facts
+    facts = good("trace", VIT, "--gains", "--batch", "8", "--json").facts
+    assert facts["engine"] == FakeEngine(batch=8).identity
     gains = [level["gain"] for site in facts["sites"] for level in site["levels"]]
     assert gains
     assert all(gain > 1 for gain in gains)
@@ -314,6 +429,9 @@ def test_profile_of_a_model():
     offered = [cell for cell in facts["cells"] if not cell["reason"]]
     assert all(cell["speedup"] > 1 for cell in offered if cell["flops_share"])
     assert {cell["speedup"] for cell in offered if not cell["flops_share"]} == {None}, "a dropped branch is gone"
+    larger = good("profile", VIT, "--threads", "2", "--batch", "8", "--json").facts
+    assert larger["engine"] == FakeEngine(threads=2, batch=8).identity
+    assert sum(larger["layers"].values()) > 3 * sum(facts["layers"].values())
     text = good("profile", VIT).out
     assert "100.0 %" not in text
     assert "hidden   linear 48→192 on 17 rows +1" in text

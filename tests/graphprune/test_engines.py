@@ -72,8 +72,11 @@ def test_a_fake_engine_with_sparse_kernels_halves_what_is_zero() -> None:
     assert plain.identity != sparse.identity
 
 
-def test_a_batch_of_one_stands_for_a_dynamic_axis_in_the_fake_engine() -> None:
-    assert FakeEngine().seconds(one_node("MatMul", ["n", "m", 7], [7, 3])) == pytest.approx(21e-11 + 1e-6)
+def test_the_batch_stands_for_a_dynamic_first_axis_in_the_fake_engine_and_threads_share_the_work() -> None:
+    model = one_node("MatMul", ["n", "m", 7], [7, 3])
+    assert FakeEngine().seconds(model) == pytest.approx(21e-11 + 1e-6)
+    assert FakeEngine(batch=8).seconds(model) == pytest.approx(8 * 21e-11 + 1e-6)
+    assert FakeEngine(batch=8, threads=2).seconds(model) == pytest.approx(4 * 21e-11 + 1e-6)
 
 
 @pytest.mark.parametrize(("block", "padded"), [(4, 20), (8, 24), (16, 32), (32, 32)])
@@ -201,9 +204,19 @@ def test_engines_by_name() -> None:
         engines.create("tensorrt")
     with pytest.raises(InputError, match=r"'openvino' has no setting provider$"):
         engines.create("openvino", threads=2, provider="CPUExecutionProvider")
-    assert [engines.named_in(x.identity) for x in (made, engines.create("openvino"), FakeEngine())] == [
-        "onnxruntime", "openvino", "onnxruntime",
-    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", engines.ENGINES)
+def test_an_identity_tells_engine_threads_and_batch(name: str) -> None:
+    identities = set()
+    for threads, batch in itertools.product((1, 2), (1, 8)):
+        made = engines.create(name, threads=threads, batch=batch)
+        assert engines.create(**engines.settings_in(made.identity)) == made
+        identities.add(made.identity)
+    assert len(identities) == 4
+    fake = engines.settings_in(FakeEngine(threads=2, batch=8).identity)
+    assert fake == {"name": "onnxruntime", "threads": 2, "batch": 8}
+    assert engines.settings_in("") == {"name": "onnxruntime", "threads": 1, "batch": 1}
 
 
 def test_an_engine_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

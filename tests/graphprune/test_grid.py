@@ -1,5 +1,6 @@
 """What patterns gain, as cells, text and picture."""
 
+import json
 import math
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def graph() -> ModelGraph:
 @pytest.fixture
 def profile(tmp_path: Path) -> Profile:
     return Profile(FakeEngine(), tmp_path / "timings.jsonl")
+
+
+@pytest.mark.parametrize("cell", [GAINING, LOSING, FAILING, GONE])
+def test_a_cell_survives_json(cell: Cell) -> None:
+    again = Cell.from_dict(json.loads(json.dumps(cell.to_dict(), allow_nan=False)))
+    assert str(again) == str(cell), "as text, since NaN is not equal to itself"
 
 
 def test_cells_are_the_gains_of_all_levels(graph: ModelGraph, profile: Profile) -> None:

@@ -50,9 +50,10 @@ def expected(operator: Operator, inputs: list[torch.Tensor]) -> torch.Tensor:
     return functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("operator", [*CONVOLUTIONS, *LINEARS, *ATTENTIONS], ids=str)
-def test_both_models_compute_copies_of_the_operator_as_torch_does(operator: Operator) -> None:
-    bench = microbench(operator)
+def test_both_models_compute_copies_of_the_operator_as_torch_does(operator: Operator, batch: int) -> None:
+    bench = microbench(operator, batch)
     declared = onnx.load_from_string(bench.model).graph.input
     shapes = [[axis.dim_value for axis in entry.type.tensor_type.shape.dim] for entry in declared]
     generator = np.random.default_rng(0)
@@ -66,14 +67,15 @@ def test_both_models_compute_copies_of_the_operator_as_torch_does(operator: Oper
     np.testing.assert_allclose(baseline, added * one, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("operator", [*CONVOLUTIONS, *LINEARS, *ATTENTIONS, *DEEP], ids=str)
-def test_the_difference_is_the_operators_own_work(operator: Operator) -> None:
-    bench = microbench(operator)
-    engine = FakeEngine(block=1)
+def test_the_difference_is_the_operators_own_work(operator: Operator, batch: int) -> None:
+    bench = microbench(operator, batch)
+    engine = FakeEngine(block=1, batch=batch)
     products = (engine.seconds(bench.model) - engine.seconds(bench.baseline)) / bench.copies
     counts = [len(onnx.load_from_string(model).graph.node) for model in (bench.model, bench.baseline)]
     products -= (counts[0] - counts[1]) / bench.copies * SECONDS_PER_NODE
-    assert 2 * products / SECONDS_PER_PRODUCT == pytest.approx(operator.flops, rel=1e-6)
+    assert 2 * products / SECONDS_PER_PRODUCT == pytest.approx(batch * operator.flops, rel=1e-6)
 
 
 def test_the_nodes_of_the_difference_are_those_of_the_operator() -> None:

@@ -12,7 +12,7 @@ from graphprune.engines.base import Model, Timing
 from graphprune.engines.fake import SECONDS_PER_NODE, SECONDS_PER_PRODUCT, FakeEngine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.operators import Absent, Convolution, Linear, Operator, key
-from graphprune.passes import LOT_OPERATORS, MOST_PASSES, PASSES, REFERENCES, lots
+from graphprune.passes import LOT_OPERATORS, MOST_PASSES, PASSES, REFERENCES, SHORTEST, lots, measure_lot
 from graphprune.profile import BLOCK_OPERATORS, LEAST_NOISE, MOST_GAIN, Profile
 
 DENSE = Convolution(1, 32, 32, 16, 16, (3, 3), padding=(1, 1, 1, 1), stride=(2, 2))
@@ -129,6 +129,44 @@ def test_engines_do_not_share_timings(cache: Path) -> None:
     assert other.calls > 0
 
 
+def test_operators_are_timed_at_the_batch_of_the_engine_and_each_batch_and_number_of_threads_has_its_own(
+    cache: Path,
+) -> None:
+    work, nodes = DENSE.flops / 2 * SECONDS_PER_PRODUCT, 2 * SECONDS_PER_NODE
+    for threads, batch in ((1, 1), (1, 8), (2, 1), (2, 8)):
+        engine = FakeEngine(threads=threads, batch=batch)
+        assert Profile(engine, cache).seconds(DENSE) == pytest.approx(work * batch / threads + nodes, rel=1e-9)
+        assert engine.calls > 0, "nothing is taken from another batch or number of threads"
+        again = FakeEngine(threads=threads, batch=batch)
+        assert Profile(again, cache).seconds(DENSE) == pytest.approx(work * batch / threads + nodes, rel=1e-9)
+        assert again.calls == 0
+
+
+@dataclass
+class Disturbed(FakeEngine):
+    """In the calls `when`, every second model (the baselines) is slower by far, so that the difference vanishes."""
+
+    when: Sequence[int] = ()
+
+    def measure(self, models: Sequence[Model], rounds: int = 30) -> list[Timing]:
+        factors = (1.0, 100.0) if self.calls in self.when else (1.0, 1.0)
+        timings = super().measure(models, rounds)
+        return [Timing(tuple(factors[n % 2] * s for s in t.samples)) for n, t in enumerate(timings)]
+
+
+@pytest.mark.parametrize("when", [(0, 1), (1, 2), (0, 2, 4)])
+def test_a_time_that_vanished_is_measured_again(when: tuple[int, ...]) -> None:
+    (bench,) = lots([DENSE], 1)
+    found = measure_lot(Disturbed(when=when), bench, {})[DENSE]
+    assert found == pytest.approx((exact(DENSE),) * len(found))
+    assert len(found) == PASSES
+
+
+def test_a_time_that_always_vanishes_is_the_shortest() -> None:
+    (bench,) = lots([DENSE], 1)
+    assert measure_lot(Disturbed(when=range(9)), bench, {})[DENSE] == (SHORTEST,) * MOST_PASSES
+
+
 def test_progress_counts_up_to_what_was_missing(cache: Path) -> None:
     profile = Profile(FakeEngine(), cache)
     profile.fill(widths(5))
@@ -221,9 +259,9 @@ def test_passes_end_even_if_they_never_agree(cache: Path) -> None:
 
 def test_lots_are_small_enough_to_be_in_memory_together() -> None:
     large: list[Operator] = [Linear(1, 1500, 1500 + index) for index in range(3)]
-    assert [len(lot) for lot in lots(large)] == [1, 1, 1]
-    assert [len(lot) for lot in lots(widths(LOT_OPERATORS + 1))] == [LOT_OPERATORS, 1]
-    assert list(lots([])) == []
+    assert [len(lot) for lot in lots(large, 1)] == [1, 1, 1]
+    assert [len(lot) for lot in lots(widths(LOT_OPERATORS + 1), 1)] == [LOT_OPERATORS, 1]
+    assert list(lots([], 1)) == []
 
 
 def test_the_sum_of_operators_is_about_the_time_of_the_network(cache: Path) -> None:

@@ -15,11 +15,14 @@ import pytest
 import torch
 from torch import nn
 
+from graphprune import plots
+from graphprune.conditions import Condition
 from graphprune.drawing import LINE, RADIUS, WIDTH, PlanLabels, draw
 from graphprune.engines.base import Timing
 from graphprune.errors import InputError
 from graphprune.flow import collapse, rows, segments
 from graphprune.graph import ModelGraph
+from graphprune.grid import Cell
 from graphprune.measure import Measurement, share
 from graphprune.models import create
 from graphprune.plan import Choice, Plan
@@ -64,7 +67,8 @@ def graph() -> ModelGraph:
 def timed(ratio: float, seed: int = 0) -> Share:
     rng = np.random.default_rng(seed)
     dense, cut = 1e-3 * np.exp(0.01 * rng.normal(size=(2, 40)))
-    return share(Timing(tuple(dense.tolist())), Timing(tuple((ratio * cut).tolist())), "an engine 1.0")
+    samples = Timing(tuple(dense.tolist())), Timing(tuple((ratio * cut).tolist()))
+    return share(*samples, "an engine 1.0, 2 threads, batch 8")
 
 
 def a_result(graph: ModelGraph, ratio: float = 0.5, accuracy: float = 0.904) -> Result:
@@ -185,7 +189,7 @@ def test_main_table(graph: ModelGraph, tmp_path: Path) -> None:
     assert table[0] == ["", "dense", "pruned", "change"]
     assert table[1] == ["accuracy on validation data", "91.7 %", "90.4 %", "−1.3 points"]
     assert table[2][:3] == [
-        "latency, batch 1, median",
+        "latency, batch 8, 2 threads, median",
         *(f"{median(x) * 1e3:.3f} ms" for x in (measured.dense, measured.candidate)),
     ]
     low, high = f"{1 / measured.high:.2f}", f"{1 / measured.low:.2f}"
@@ -304,6 +308,45 @@ def test_final_measurement_replaces_the_one_of_the_search(graph: ModelGraph, tmp
     text = written(a_result(graph), tmp_path, measurement=broken)
     assert "The pruned model could not be run: it does not load" in text
     assert "the latency was not measured" in text
+
+
+def test_engines_are_shown_side_by_side(graph: ModelGraph, tmp_path: Path) -> None:
+    result = a_result(graph)
+    assert result.record.measured is not None
+    text = written(result, tmp_path)
+    own = Condition(result.record.measured, (Cell("kernel", "3x1 left", "conv 3x3", 1.5, 1 / 3, sites=2),))
+    assert written(result, tmp_path, conditions=[Condition(result.record.measured)]) == text, "nothing to compare"
+    refused = Cell("kernel", "3x1 left", "conv 3x3", 1.0, 1 / 3, "no gain beyond noise", sites=2)
+    other = Condition(replace(timed(0.7), engine="openvino 2026.4, CPU, 1 threads"), (refused,))
+    page = Page(written(result, tmp_path, conditions=[own, other]))
+    assert page.open == []
+    tables = {table[0][0]: table for table in page.tables if table not in Page(text).tables}
+    times = [f"{median(x) * 1e3:.3f} ms" for x in (result.record.measured.dense, result.record.measured.candidate)]
+    assert tables["engine"][1][:5] == ["an engine 1.0", "2", "8", *times]
+    assert tables["engine"][2][:3] == ["openvino 2026.4", "1", "1"]
+    counts, differences = [table for table in page.tables if table[0][0] == "pattern"]
+    assert counts[1] == ["kernel", "2 of 2", "0 of 2"]
+    assert differences[1] == ["kernel", "conv 3x3", "2", "3x1 left", "1.50×", "no (1.00×)"]
+    same = Page(written(result, tmp_path, conditions=[own, replace(other, cells=own.cells)]))
+    assert "All of them offer the same levels." in same.texts
+
+
+def test_names_of_lines_that_are_close_do_not_meet() -> None:
+    """Two texts of 9 pixels, one on its line and one below it."""
+    for dense, before in ((0.99, 0.985), (0.985, 0.99)):
+        text = plots.learning([(1, 1.0, 0.5), (2, 0.5, 0.9)], dense, before)
+        height = {name: float(y) for y, name in re.findall(r'<text[^>]* y="([\d.]+)"[^>]*>(dense|before)</text>', text)}
+        assert abs(height["dense"] - height["before"]) >= 9
+        assert (height["dense"] < height["before"]) is (dense > before)
+
+
+def test_a_disturbed_run_does_not_squeeze_the_others() -> None:
+    calm = plots.distributions([1e-3] * 9 + [1.5e-3], [5e-4] * 10)
+    assert "took longer" not in calm
+    disturbed = plots.distributions([1e-3] * 9 + [1.0], [5e-4] * 10)
+    assert "latency of one run, ms; 1 of 20 runs took longer than shown" in disturbed
+    ticks = [float(label) for label in re.findall(r">([\d.]+)</text>", disturbed)]
+    assert max(ticks) <= 3
 
 
 def test_bare_result(graph: ModelGraph, tmp_path: Path) -> None:
