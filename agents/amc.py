@@ -16,12 +16,12 @@ from math import inf
 
 import numpy as np
 
-from graphprune.agents.autosculpt import only_plan, promise
-from graphprune.agents.belief import Belief
+from graphprune.agents.belief import Belief, promise
 from graphprune.agents.ddpg import Episode, RatioPolicy
 from graphprune.agents.history import PROBATION, others, practise, replay, worse
 from graphprune.agents.policies import Learner, adopt
 from graphprune.agents.ratios import RatioEpisodes, Vectors, walk
+from graphprune.agents.wall import only_plan
 from graphprune.environment import reward
 from graphprune.past import History, read_past
 from graphprune.problem import Choices, Floats, Problem

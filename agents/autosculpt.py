@@ -15,24 +15,21 @@ missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), 
   a policy that has made up its mind finds no other way. What is open counts less and less as the trials are spent.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
 
-from graphprune.agents.belief import POWERS, Belief
+from graphprune.agents.belief import EXPLORATION, POWERS, Belief, promise
 from graphprune.agents.encoder import ALL, PairPolicy, Sight
 from graphprune.agents.episodes import Episodes
-from graphprune.agents.policies import Learner, Weights, adopt, read_policy, weights_of
+from graphprune.agents.policies import Learner, Weights, adopt, read_policy, reproducible, weights_of
+from graphprune.agents.wall import only_plan
 from graphprune.environment import Observer, reward
 from graphprune.problem import Choices, Factor, Problem, Sum
-from graphprune.randomness import seeded
 
 EPISODES = 64
 """Episodes per PPO update."""
@@ -47,8 +44,6 @@ ROUNDS = 16
 """The trials are spent in about this many rounds, one PPO update each."""
 STALLS = 4
 """The search ends after this many rounds in a row without a new plan."""
-EXPLORATION = 1.0
-"""Standard deviations added to the believed reward when candidates are ranked (an upper confidence bound)."""
 GENERATIONS = 12
 """How often a round's most promising plans are varied before any of them is evaluated."""
 FIRST_GENERATIONS = 40
@@ -60,40 +55,6 @@ AT_ONCE = 8
 CURIOSITY = 0.5
 """Chance that an open site of a variation is drawn uniformly instead of from the policy, which soon is too sure."""
 Vectors = NDArray[np.int64]
-
-
-@contextmanager
-def reproducible(rng: np.random.Generator) -> Iterator[None]:
-    """Make what is computed here depend on `rng` alone, and put everything back afterwards.
-
-    SB3 and torch draw from the global generators. Several threads would add up gradients in the order in which they
-    come, and a search that rounds differently soon takes another way; networks this small are no slower on one.
-    """
-    threads = torch.get_num_threads()
-    with seeded(int(rng.integers(2**31))):
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-
-def only_plan(problem: Problem) -> Choices | None:
-    """The plan that is left when the action wall leaves one option everywhere (or nothing is feasible), else None."""
-    choices: Choices = ()
-    for _ in problem.decisions:
-        (open_options,) = np.nonzero(problem.mask(choices))
-        if len(open_options) > 1:
-            return None
-        choices = (*choices, int(open_options[0]))
-    return choices
-
-
-def promise(belief: Belief, plans: Vectors, exploration: float = EXPLORATION) -> NDArray[np.float64]:
-    """The upper confidence bound of the reward of plans [N, sites]: [N]."""
-    mean, deviation = belief.predict(plans)
-    bound: NDArray[np.float64] = mean + exploration * deviation
-    return bound
 
 
 def through(problem: Problem, power: float) -> Problem:

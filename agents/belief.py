@@ -23,6 +23,8 @@ POWERS = (1.0, 0.75, 0.5, 1.5)
 """Candidate powers of the layers' errors; the first one counts until there are records."""
 FLOOR = 1e-3
 """Added to a power sum whose unit is that of a typical plan, so that plans without error have a logarithm."""
+EXPLORATION = 1.0
+"""Standard deviations added to the believed reward when candidates are ranked (an upper confidence bound)."""
 FEWEST = 4
 """Below this many records only the error table counts."""
 
@@ -129,3 +131,10 @@ class Belief:
         weights = cho_solve((factor, True), rest)
         likelihood = float(-0.5 * rest @ weights - np.log(np.diag(factor)).sum() - len(rest) * np.log(scale))
         return Fit(power, line, scale, setting, factor, weights, likelihood)
+
+
+def promise(belief: Belief, plans: NDArray[np.int64], exploration: float = EXPLORATION) -> NDArray[np.float64]:
+    """The upper confidence bound of the reward of plans [N, sites]: [N]."""
+    mean, deviation = belief.predict(plans)
+    bound: NDArray[np.float64] = mean + exploration * deviation
+    return bound

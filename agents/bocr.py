@@ -31,9 +31,10 @@ from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy.stats.qmc import Sobol
 
-from graphprune.agents.autosculpt import only_plan, reproducible
 from graphprune.agents.clusters import Dendrogram, Labels
 from graphprune.agents.fronts import Fronts
+from graphprune.agents.policies import reproducible
+from graphprune.agents.wall import only_plan
 from graphprune.environment import reward
 from graphprune.errors import StepError
 from graphprune.problem import Choices, Floats, Problem

@@ -18,9 +18,8 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.utils import update_learning_rate
 from torch.optim import Optimizer
 
-from graphprune.agents.autosculpt import reproducible
 from graphprune.agents.bounded import BoundedPolicy
-from graphprune.agents.policies import Weights, weights_of
+from graphprune.agents.policies import Weights, reproducible, weights_of
 from graphprune.agents.ratios import Embeddings, RatioEpisodes
 from graphprune.problem import Floats
 

@@ -32,10 +32,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from graphprune.agents.autosculpt import only_plan, reproducible
 from graphprune.agents.fronts import Fronts
 from graphprune.agents.motifs import STATE_FEATURES, RatioPolicy
-from graphprune.agents.policies import Learner, Weights, adopt, weights_of
+from graphprune.agents.policies import Learner, Weights, adopt, reproducible, weights_of
+from graphprune.agents.wall import only_plan
 from graphprune.environment import BOUND, Observation
 from graphprune.problem import ROUNDING, Choices, Floats, Problem
 from graphprune.randomness import seeded

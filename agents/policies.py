@@ -1,14 +1,35 @@
 """Policies as files: weights that fit every problem, whatever its size, kept as safetensors."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from graphprune.errors import InputError
+from graphprune.randomness import seeded
 
 Weights = dict[str, Tensor]
+
+
+@contextmanager
+def reproducible(rng: np.random.Generator) -> Iterator[None]:
+    """Make what is computed here depend on `rng` alone, and put everything back afterwards.
+
+    SB3 and torch draw from the global generators. Several threads would add up gradients in the order in which they
+    come, and a search that rounds differently soon takes another way; networks this small are no slower on one.
+    """
+    threads = torch.get_num_threads()
+    with seeded(int(rng.integers(2**31))):
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 class Learner:

@@ -29,10 +29,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
-from graphprune.agents.autosculpt import only_plan, reproducible
 from graphprune.agents.encoder import WIDTH, GraphEncoder, Split, typed_edges
-from graphprune.agents.policies import Learner, Weights, adopt, weights_of
+from graphprune.agents.policies import Learner, Weights, adopt, reproducible, weights_of
 from graphprune.agents.units import Bits, Units, Vectors, merged
+from graphprune.agents.wall import only_plan
 from graphprune.problem import Choices, Floats, Problem
 from graphprune.record import Record
 

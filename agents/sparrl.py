@@ -19,12 +19,11 @@ import numpy as np
 from scipy.optimize import nnls
 from stable_baselines3.dqn.policies import QNetwork
 
-from graphprune.agents.autosculpt import only_plan, promise, reproducible
-from graphprune.agents.belief import Belief
+from graphprune.agents.belief import Belief, promise
 from graphprune.agents.cutting import Cuts, Cutting, Observer, Vectors
 from graphprune.agents.deep_q import learner, score
-from graphprune.agents.policies import Learner, Weights, adopt, weights_of
-from graphprune.agents.wall import passes
+from graphprune.agents.policies import Learner, Weights, adopt, reproducible, weights_of
+from graphprune.agents.wall import only_plan, passes
 from graphprune.environment import reward
 from graphprune.errors import InputError
 from graphprune.problem import ROUNDING, Choices, Factor, Floats, Problem, Sum

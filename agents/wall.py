@@ -40,3 +40,14 @@ def nearest(problem: Problem, site: int, option: int, legal: Sequence[int]) -> i
     costs = problem.sweep_overruns(dense, site)[0]
     errors = problem.error.sweep(dense, site, len(costs))[0]
     return min(legal, key=lambda other: (abs(costs[other] - costs[option]), errors[other]))
+
+
+def only_plan(problem: Problem) -> Choices | None:
+    """The plan that is left when the action wall leaves one option everywhere (or nothing is feasible), else None."""
+    choices: Choices = ()
+    for _ in problem.decisions:
+        (open_options,) = np.nonzero(problem.mask(choices))
+        if len(open_options) > 1:
+            return None
+        choices = (*choices, int(open_options[0]))
+    return choices

@@ -31,9 +31,10 @@ from safetensors.torch import load_file, save_file
 
 import graphprune as gp
 from graphprune.agents import create
-from graphprune.agents.autosculpt import Search, only_plan
+from graphprune.agents.autosculpt import Search
 from graphprune.agents.dp import Solver
 from graphprune.agents.policies import Weights
+from graphprune.agents.wall import only_plan
 from graphprune.problem import BudgetSpent, Choices, Floats, Problem
 from graphprune.problem_file import pack, unpack
 from graphprune.record import Record

@@ -20,7 +20,7 @@ Each part of a stage is repeated, unless it takes more than a minute; a stage ta
 
 Seconds of processor time; memory is the most that the process holds in each stage beyond what it held before the model
 was made. The exponent of a family is that of a power of the number of layers, least squares on logarithms; the aim is
-none above `AIM`. Resumable: a finished model is a line in WORK/scaling.jsonl. Writes
+none above `AIM`. Resumable: a finished model is a line in WORK/scaling.jsonl. Writes, family by family,
 `results/scaling-<engine>-1t-<processor>.json` (raw samples and exponents) and `.png`. Linux only.
 """
 
@@ -39,6 +39,7 @@ from common import RESULTS, in_own_process, result_file, spent
 from equal_latency import Row, Rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 import graphprune as gp
 from graphprune import models
@@ -292,8 +293,11 @@ def plot(families: dict[str, list[Row]], path: Path) -> None:
     halves = (("processor time, s", seconds), ("memory, MiB", mebibytes))
     for half, (label, measured) in zip(figure.subfigures(2, 1), halves, strict=True):
         half.supylabel(label)
-        for axes, stage in zip(half.subplots(2, 5).flat, STAGES, strict=False):
+        panels = list(half.subplots(2, 5).flat)
+        for axes, stage in zip(panels, STAGES, strict=False):
             panel(axes, stage, families, measured)
+        for axes in panels[len(STAGES) :]:
+            axes.set_axis_off()
     figure.savefig(path, dpi=110)
 
 
@@ -304,8 +308,14 @@ def panel(axes: Axes, stage: str, families: dict[str, list[Row]], measured: Call
         name = f"{family}: {_power(exponent(rows, measured, stage))}"
         axes.loglog(layers, [measured(row, stage) for row in rows], "o-", color=DEPTHS[family], label=name)
     axes.set(title=stage, xlabel="layers")
-    axes.legend(frameon=False, fontsize=8)
-    axes.grid(which="both", linewidth=0.3)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 1.5, 3 * max(high, 4 * low))  # a flat line looks flat, and the legend has room
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.grid(linewidth=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -322,23 +332,34 @@ def row_of(spec: str, options: argparse.Namespace, kept: Rows) -> Row | None:
 
 def main() -> None:
     """Measure what is missing, fit, write all."""
-    options, families = arguments(), {}
+    options = arguments()
+    families: dict[str, list[Row]] = {}
     kept = Rows(options.work / "scaling.jsonl")
     for family in options.families.split(","):
         rows = [row for spec in FAMILIES[family][: options.most] if (row := row_of(spec, options, kept)) is not None]
         if rows:
             families[family] = rows
-    fitted = {family: exponents(rows) for family, rows in families.items() if family in DEPTHS}
-    for family, rows in families.items():
-        powers: dict[str, Any] = fitted.get(family, {})
-        print(f"{family}: seconds\n{table(rows, seconds, powers.get('seconds'))}")
-        print(f"{family}: MiB\n{table(rows, mebibytes, powers.get('memory'))}")
-        grown = {part: _power(power) for part, power in powers.get("seconds of parts", {}).items()}
-        print(f"exponents of parts: {grown}\n" if grown else "", flush=True)
-    path = result_file("scaling", options.out)
+            publish(families, result_file("scaling", options.out))
+        report(family, rows)
+
+
+def report(family: str, rows: Sequence[Row]) -> None:
+    """Print a family's tables."""
+    powers: dict[str, Any] = exponents(rows) if rows and family in DEPTHS else {}
+    print(f"{family}: seconds\n{table(rows, seconds, powers.get('seconds'))}")
+    print(f"{family}: MiB\n{table(rows, mebibytes, powers.get('memory'))}")
+    grown = {part: _power(power) for part, power in powers.get("seconds of parts", {}).items()}
+    print(f"exponents of parts: {grown}\n" if grown else "", flush=True)
+
+
+def publish(families: dict[str, list[Row]], path: Path) -> None:
+    """Write the results of the families so far, raw samples and exponents, and the picture."""
+    deep = {family: rows for family, rows in families.items() if family in DEPTHS}
+    fitted = {family: exponents(rows) for family, rows in deep.items()}
     body = {"aim": AIM, "exponents": fitted, "families": families, "environment": environment()}
     path.write_text(json.dumps(body, indent=1) + "\n")
-    plot({family: rows for family, rows in families.items() if family in DEPTHS}, path.with_suffix(".png"))
+    if deep:
+        plot(deep, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -13,17 +13,16 @@ from torch import nn
 from graphprune.agents import create
 from graphprune.agents.autosculpt import (
     AT_ONCE,
-    EXPLORATION,
     SHIPPED,
     AutoSculpt,
     Search,
     fits,
-    only_plan,
     through,
 )
-from graphprune.agents.belief import POWERS
+from graphprune.agents.belief import EXPLORATION, POWERS
 from graphprune.agents.encoder import Sight
 from graphprune.agents.policies import Weights, adopt, read_policy
+from graphprune.agents.wall import only_plan
 from graphprune.counting import count
 from graphprune.engines.fake import FakeEngine
 from graphprune.errors import InputError

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from graphprune.agents.autosculpt import reproducible
 from graphprune.agents.cutting import Cuts, Cutting, Observer
 from graphprune.agents.deep_q import DoubleDQN, double_target, learner, score
+from graphprune.agents.policies import reproducible
 from tests.agents.toys import problem
 
 
