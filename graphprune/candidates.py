@@ -266,14 +266,12 @@ class Candidates:
     def _layer_error(self, layer: Layer, cuts: Cuts) -> float:
         if cuts.drops(layer):  # what the branch was worth is the branch's own error
             return 0.0
-        if not cuts.fits(layer):  # it costs infinity
-            return 0.0
         if layer.widths:
             gone = torch.ones(layer.widths[0].size, dtype=torch.bool)
             gone[torch.from_numpy(layer.widths[0].kept(cuts.keep))] = False
             return score_error(self.statistics.scores[layer.node], gone)
         moments = self.statistics[layer.node]
-        if layer.node in cuts.masks:
+        if layer.node in cuts.masks and cuts.fits(layer):  # else it costs infinity
             return self._loss(layer.node).masked(cuts.masks[layer.node])
         if layer.node in {*cuts.mixes, *cuts.groups}:
             return self._patches_error(layer, cuts)

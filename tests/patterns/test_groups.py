@@ -412,6 +412,6 @@ def test_people_see_groups(build: Callable[[], Traced], name: str) -> None:
     given = plan(graph, divided(graph, name))
     boxes = [box for box in draw(graph, PlanLabels(graph, given)).boxes if box.patterns]
     assert [box.patterns for box in boxes] == [("groups",)]
-    assert "2 groups" in boxes[0].title
+    assert ", 2 groups;" in boxes[0].title
     layer = graph.layer[graph.site[name].node]
     assert "16→24 in 2 groups" in describe(resolve(graph, given).operator(layer))
