@@ -175,7 +175,8 @@ class Machine(Profile):
             return self._convolution(operator)
         if isinstance(operator, Linear):
             moved = operator.rows * (operator.inputs + operator.outputs) + operator.parameters
-            return self.overhead + max(operator.flops / self.speed["linear"], moved * BYTES / self.bandwidth)
+            parted = self._moved(2 * operator.rows * operator.outputs) if operator.groups > 1 else 0.0
+            return self.overhead + parted + max(operator.flops / self.speed["linear"], moved * BYTES / self.bandwidth)
         assert isinstance(operator, Attention)
         scores = operator.batch * operator.heads * operator.queries * operator.keys
         return 3 * self.overhead + operator.flops / self.speed["attention"] + 4 * scores * BYTES / self.bandwidth

@@ -34,7 +34,7 @@ from graphprune.machine import environment
 from graphprune.measure import verdict
 from graphprune.problem import Choices, Problem, Sum
 from graphprune.profile import Profile
-from graphprune.registry import patterns
+from graphprune.registry import chosen_patterns
 from graphprune.search import PROBE_SEED, PROBES, corrected, random_walk, saving_factor
 
 LOWEST, HIGHEST = 0.3, 0.95
@@ -62,7 +62,7 @@ class Bench:
         given = subject(name)
         engine = OnnxRuntimeEngine(threads, batch=batch)
         profile = Profile(engine)
-        candidates = Candidates(given.graph, profile, list(patterns().values()), Statistics({}, {}))
+        candidates = Candidates(given.graph, profile, chosen_patterns(None, engine), Statistics({}, {}))
         candidates.collect(lambda done, total: print(f"{name}: {done} of {total} operators timed", flush=True))
         problem = judged_by_tables(candidates, HIGHEST)
         bench = Workbench(given.module, given.graph, reference=None, task=None)

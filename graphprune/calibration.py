@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from graphprune.exported import plain_module
 from graphprune.graph import Layer, ModelGraph
-from graphprune.operators import Convolution, Operator
+from graphprune.operators import Convolution, Linear, Operator
 from graphprune.tracing import attended, operator_name
 
 ROWS_PER_FEATURE = 32
@@ -107,7 +107,7 @@ def calibrate(
     most = max(1, LARGEST_BATCH // largest_activation(graph))
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            for part in batch.split(most):
+            for part in torch.split(batch, most):
                 collector.run(part)
             if progress is not None:
                 progress(number + 1, len(batches))
@@ -248,10 +248,11 @@ def vectors(source: Tensor, operator: Operator, positions: Tensor) -> Tensor:
     `source` is [N, inputs, H, W] for a convolution, whose features are ordered by tap, then by channel (a weight's are
     the other way round: `by_tap` and `by_channel` translate), so that whole pixels are copied; else [N, ..., inputs].
     """
-    if not isinstance(operator, Convolution):
+    if isinstance(operator, Linear):
         source = source if source.dim() > 1 else source[None]  # a table from parameters alone may have no batch axis
         flat = source.reshape(len(source), -1, source.shape[-1])[:, positions]
-        return flat.reshape(1, -1, source.shape[-1])
+        return flat.reshape(-1, operator.groups, source.shape[-1] // operator.groups).transpose(0, 1)
+    assert isinstance(operator, Convolution)
     top, left, bottom, right = (max(end, 0) for end in operator.padding)
     images, channels, height, width = source.shape
     pixels = source.new_zeros(images, top + height + bottom, left + width + right, channels)

@@ -17,10 +17,10 @@ import torch
 from graphprune.axes import Indices
 from graphprune.calibration import CHANNELS, KERNEL, Statistics
 from graphprune.cases import operators
-from graphprune.compensation import Consumer, Loss, ScoreProduct, rank_units, score_error
+from graphprune.compensation import Consumer, Loss, ScoreProduct, rank_units, score_error, weight_scores
 from graphprune.cuts import Cuts, checked, join
 from graphprune.graph import Layer, ModelGraph, Patch, Site
-from graphprune.operators import Convolution, Operator
+from graphprune.operators import Operator, Weighted
 from graphprune.pattern import Level, Pattern, Scores
 from graphprune.problem import Decision, Factor, Floats, Option, Sum
 from graphprune.profile import Profile
@@ -65,8 +65,9 @@ class Candidates:
                 if level.count and not level.keep and patches not in scores:
                     scores[patches] = self._patch_scores(site, patches) if patches else self._scores(site)
                 keep = level.keep or (pattern.choose(site, level, scores[patches]) if level.count else ())
-                share, error = len(keep) / pattern.units(site), pattern.error(site, keep, self.statistics)
-                drafts.append(_Draft(pattern.name, level.name, keep, share, pattern.rewrite(site, keep), error))
+                stay, units = pattern.kept(site, keep)
+                cuts, error = pattern.rewrite(site, keep), pattern.error(site, keep, self.statistics)
+                drafts.append(_Draft(pattern.name, level.name, keep, stay / units, cuts, error))
             if len(drafts) > 1:
                 self.drafts[site.name] = drafts
         self.profile.fill(self._table_operators(), progress)
@@ -77,12 +78,19 @@ class Candidates:
                 yield pattern, level
 
     def _scores(self, site: Site) -> Scores:
-        """How much each unit of a group matters: to its consumers where calibrated, else by weight magnitude."""
+        """How much each unit of a group, or each weight of a layer, matters: where calibrated, else by magnitude."""
+        if site.atom < 0:
+            return self._weight_scores(site)
         layers = [self.graph.layer[node] for node in site.layers]
         consumers = [x for layer in layers for x in (self._consumer(site, layer), self._product(site, layer)) if x]
         if consumers:
             return rank_units(consumers, site.size)
         return magnitudes(self.graph, site.atom)
+
+    def _weight_scores(self, site: Site) -> Scores:
+        """How much each weight [filters, channels] matters to the output of its layer."""
+        weight = self.graph.exported.state_dict[self.graph.layer[site.node].weight]
+        return weight_scores(weight, self.statistics.get(site.node))
 
     def _patch_scores(self, site: Site, patches: Sequence[Patch]) -> Scores:
         """Higher where a patch costs a filter less [filters, patches]; without calibration, by the weights alone."""
@@ -194,17 +202,17 @@ class Candidates:
         return _sum(float(constant), factors + self._clashes())
 
     def _clashes(self) -> list[Factor]:
-        """Infinite where one site cuts or moves what another, which divides a convolution into groups, needs whole."""
+        """Infinite where one site cuts or moves what another, which has groups or a mask, needs whole."""
         found = []
         for number, site in enumerate(self.sites):
-            divided = [bool(draft.cuts.groups) for draft in self.drafts[site.name]]
+            rigid = [bool(draft.cuts.rigid) for draft in self.drafts[site.name]]
             layer = self.graph.layer[site.node]
-            reached = layer.inputs.atoms() | layer.outputs.atoms() if any(divided) else ()
+            reached = layer.inputs.atoms() | layer.outputs.atoms() if any(rigid) else ()
             makers = sorted({maker for atom in reached for maker in self._changing.get(atom, ())} - {number})
             for maker in makers:
                 disturbing = [draft.cuts.disturbs(layer) for draft in self.drafts[self.sites[maker].name]]
                 if any(disturbing):
-                    found.append(Factor((maker, number), np.where(np.outer(disturbing, divided), np.inf, 0.0)))
+                    found.append(Factor((maker, number), np.where(np.outer(disturbing, rigid), np.inf, 0.0)))
         return found
 
     @cached_property
@@ -263,6 +271,8 @@ class Candidates:
             gone[torch.from_numpy(layer.widths[0].kept(cuts.keep))] = False
             return score_error(self.statistics.scores[layer.node], gone)
         moments = self.statistics[layer.node]
+        if layer.node in cuts.masks and cuts.fits(layer):  # else it costs infinity
+            return self._loss(layer.node).masked(cuts.masks[layer.node])
         if layer.node in {*cuts.mixes, *cuts.groups}:
             return self._patches_error(layer, cuts)
         kept = kept_features(layer, cuts)
@@ -311,7 +321,7 @@ class Candidates:
         if site.branch is not None:
             return np.zeros(0)
         weight = self.graph.exported.state_dict[self.graph.layer[site.node].weight].detach().double()
-        return np.asarray(weight.abs().mean((0, 2, 3)).numpy())
+        return np.asarray(weight.abs().transpose(0, 1).flatten(1).mean(1).numpy())
 
     def _gone_with(self, number: int) -> tuple[int, ...]:
         """The numbers of earlier sites whose branch holds all that is decided at a site."""
@@ -337,8 +347,7 @@ def _cost(layer: Layer, cuts: Cuts, value: Callable[[Operator], float]) -> float
 
 def kept_features(layer: Layer, cuts: Cuts) -> torch.Tensor:
     """The features (channel-major unfolded inputs, in each group) of a layer that stay."""
-    if not isinstance(layer.operator, Convolution):
-        return torch.from_numpy(layer.inputs.kept(cuts.keep))
+    assert isinstance(layer.operator, Weighted)
     height, width = layer.operator.kernel
     inputs = layer.operator.inputs // layer.operator.groups
     channels = layer.inputs.kept(cuts.keep) if layer.groups is None else np.arange(inputs)
@@ -347,8 +356,8 @@ def kept_features(layer: Layer, cuts: Cuts) -> torch.Tensor:
 
 
 def patch_features(layer: Layer, patch: Patch, channels: Indices) -> torch.Tensor:
-    """The features of a convolution that a filter with this patch reads, of those on some channels."""
-    assert isinstance(layer.operator, Convolution)
+    """The features of a layer that a filter with this patch reads, of those on some channels."""
+    assert isinstance(layer.operator, Weighted)
     height, width = layer.operator.kernel
     (top, bottom), (left, right), (first, last) = patch
     taps = np.arange(height * width).reshape(height, width)[top:bottom, left:right].reshape(-1)
@@ -359,7 +368,9 @@ def patch_features(layer: Layer, patch: Patch, channels: Indices) -> torch.Tenso
 def _bits(layer: Layer, cuts: Cuts) -> tuple[float, ...]:
     """What is kept of a kernel as 3x3 bits, each the share of weights kept; larger ones at their edges and middle."""
     operator = layer.operator
-    assert isinstance(operator, Convolution)
+    assert isinstance(operator, Weighted)
+    if layer.node in cuts.masks:
+        return (round(float(cuts.masks[layer.node].mean()), 3),) * 9
     height, width = operator.kernel
     window = cuts.windows.get(layer.node, ((0, height), (0, width)))
     patches = cuts.patches(layer) or ((*window, (0, operator.inputs // operator.groups)),)

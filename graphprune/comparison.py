@@ -19,7 +19,7 @@ from graphprune.layout import DENSE_ONNX, ENGINES, PRUNED_ONNX
 from graphprune.measure import share
 from graphprune.profile import Profile
 from graphprune.record import Share
-from graphprune.registry import patterns
+from graphprune.registry import chosen_patterns
 from graphprune.result import Result
 
 Progress = Callable[[str, int, int, str], None]
@@ -71,7 +71,7 @@ def _cells(result: Result, engine: Engine, progress: Progress) -> tuple[Cell, ..
     def count(done: int, total: int) -> None:
         progress("profile", done, total, engine.identity)
 
-    return tuple(grid.cells({"": result.graph}, Profile(engine), list(patterns().values()), count))
+    return tuple(grid.cells({"": result.graph}, Profile(engine), chosen_patterns(None, engine), count))
 
 
 def _kept(folder: Path) -> list[Condition]:

@@ -12,7 +12,7 @@ import networkx
 from graphprune.cuts import resolve
 from graphprune.flow import collapse, rows
 from graphprune.graph import Layer, ModelGraph
-from graphprune.operators import Absent, Attention, Convolution, Mixture, Operator
+from graphprune.operators import Absent, Attention, Convolution, Masked, Mixture, Operator
 from graphprune.plan import Choice, Plan
 from graphprune.registry import pattern
 from graphprune.tables import shortened
@@ -208,7 +208,7 @@ class PlanLabels:
         return [
             choice
             for choice, cuts in self.choices
-            if layer.node in {*cuts.windows, *cuts.mixes, *cuts.groups}
+            if layer.node in {*cuts.windows, *cuts.mixes, *cuts.groups, *cuts.masks}
             or cuts.drops(layer)
             or cuts.keep.keys() & layer.outputs.atoms()
         ]
@@ -217,6 +217,8 @@ class PlanLabels:
 def describe(operator: Operator) -> str:
     if isinstance(operator, Absent):
         return "nothing"
+    if isinstance(operator, Masked):
+        return f"{describe(operator.dense)}, masked"
     if isinstance(operator, Convolution):
         kernel = "×".join(map(str, operator.kernel))
         stride = f" /{max(operator.stride)}" if max(operator.stride) > 1 else ""
@@ -227,4 +229,5 @@ def describe(operator: Operator) -> str:
         return f"conv {kernels}, {operator.parts[0].inputs}→{sum(part.outputs for part in operator.parts)}"
     if isinstance(operator, Attention):
         return f"attention, {operator.heads} head{'s' * (operator.heads > 1)}"
-    return f"linear, {operator.inputs}→{operator.outputs}"
+    width = f"{operator.inputs}→{operator.outputs}" if operator.groups == 1 else f"{operator.groups} groups"
+    return f"linear, {width}"

@@ -11,11 +11,13 @@ from torch import fx, nn
 from graphprune.axes import Form
 from graphprune.branches import gone_parameters, outermost
 from graphprune.cuts import Cuts
+from graphprune.division import block_diagonal, grouped_linear
 from graphprune.graph import Branch, ModelGraph
+from graphprune.masked import MaskedConv2d, MaskedLinear, zeroed
 from graphprune.parts import Part
 from graphprune.rules import RULES
 from graphprune.tracing import operator_name, owner_path, state_of
-from graphprune.window import block_diagonal, mixed, padded_conv2d, window_padding
+from graphprune.window import mixed, padded_conv2d, window_padding
 
 _SPLITS = {"split", "chunk", "unsafe_chunk", "tensor_split"}
 
@@ -92,8 +94,11 @@ def _cut_nodes(
     for name in cuts.mixes.keys() & nodes.keys():
         path = graph.layer[name].weight.rpartition(".")[0].removeprefix(prefix)
         _mix_kernels(module, nodes[name], graph, cuts, name, path)
+    for name in cuts.masks.keys() & nodes.keys():
+        path = graph.layer[name].weight.rpartition(".")[0].removeprefix(prefix)
+        _hold_zeros(module, nodes[name], graph, name, path)
     for name in cuts.groups.keys() & nodes.keys():
-        _rewrite(nodes[name], "groups", cuts.group_count(graph.layer[name]))
+        _divide(nodes[name], cuts.group_count(graph.layer[name]))
 
 
 def _drop(module: fx.GraphModule, branches: Sequence[Branch]) -> None:
@@ -170,6 +175,15 @@ def _shrink_kernel(node: fx.Node, call: Any, window: Any) -> None:
     node.args, node.kwargs = (*arguments, pair[0], ends, pair[2], groups), {}
 
 
+def _divide(node: fx.Node, groups: int) -> None:
+    """Divide a convolution, which has an argument for it, or a linear layer."""
+    if operator_name(node) != "linear":
+        _rewrite(node, "groups", groups)
+        return
+    source, weight, bias = (*node.args, None)[:3]
+    node.target, node.args = grouped_linear, (source, weight, bias, groups)
+
+
 def _mix_kernels(module: fx.GraphModule, node: fx.Node, graph: ModelGraph, cuts: Cuts, name: str, path: str) -> None:
     """Put a module with a convolution for each window in the place of one call, under the path of its parameters."""
     layer, call = graph.layer[name], graph.calls[name]
@@ -179,6 +193,25 @@ def _mix_kernels(module: fx.GraphModule, node: fx.Node, graph: ModelGraph, cuts:
     stride, padding, dilation = (_pair(call[name]) for name in ("stride", "padding", "dilation"))
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False, device="meta")  # type: ignore[arg-type]
     conv.weight, conv.bias = weight, getattr(held, "bias", None)  # type: ignore[assignment]
+    _replace(module, node, path, mixed(conv, cuts.runs(layer)))
+
+
+def _hold_zeros(module: fx.GraphModule, node: fx.Node, graph: ModelGraph, name: str, path: str) -> None:
+    """Put a layer whose zeros stay in the place of a call with a masked weight, under the path of its parameters."""
+    call, held = graph.calls[name], module.get_submodule(path)
+    weight: torch.Tensor = held.weight  # type: ignore[assignment]
+    made: nn.Module
+    if weight.dim() == 2:
+        made = MaskedLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    else:
+        stride, padding = (_pair(call[name]) for name in ("stride", "padding"))
+        made = MaskedConv2d(weight.shape[1], weight.shape[0], 1, stride, padding, bias=False, device="meta")
+    made.weight, made.bias = weight, getattr(held, "bias", None)  # type: ignore[assignment]
+    _replace(module, node, path, made)
+
+
+def _replace(module: fx.GraphModule, node: fx.Node, path: str, made: nn.Module) -> None:
+    """Call a module, put where the parameters of a call were, instead of the operator."""
     source, *attributes = node.all_input_nodes
     with module.graph.inserting_before(node):
         replacement = module.graph.call_module(path, (source,))
@@ -186,8 +219,8 @@ def _mix_kernels(module: fx.GraphModule, node: fx.Node, graph: ModelGraph, cuts:
     own_name = node.name
     for unused in (node, *attributes):
         module.graph.erase_node(unused)
-    replacement.name = own_name
-    module.set_submodule(path, mixed(conv, cuts.runs(layer)))
+    replacement.name, replacement.meta = own_name, {**node.meta}
+    module.set_submodule(path, made)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -198,6 +231,7 @@ def _pair(value: Any) -> tuple[int, int]:
 def _load_cut(module: nn.Module, graph: ModelGraph, cuts: Cuts, model: nn.Module, prefix: str) -> None:
     windows = {graph.layer[node].weight: window for node, window in cuts.windows.items()}
     groups = {graph.layer[node].weight: cuts.group_count(graph.layer[node]) for node in cuts.groups}
+    masks = {graph.layer[node].weight: mask for node, mask in cuts.masks.items()}
     state = state_of(model)
     tied: dict[int, torch.Tensor] = {}
     for parameter in graph.parameters:
@@ -209,6 +243,8 @@ def _load_cut(module: nn.Module, graph: ModelGraph, cuts: Cuts, model: nn.Module
             setattr(module.get_submodule(path), name, tied[id(value)])
             continue
         small = value.detach().clone()
+        if parameter.name in masks:
+            small = zeroed(small, masks[parameter.name])
         for axis, form in enumerate(parameter.axes):
             if form.atoms() & cuts.kept.keys():
                 small = small.index_select(axis, torch.from_numpy(form.kept(cuts.kept)).to(value.device))

@@ -23,11 +23,11 @@ Window = tuple[tuple[int, int], tuple[int, int]]
 """Kept rows [start, stop) and columns [start, stop) of a kernel."""
 
 Patch = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-"""Rows, columns and input channels [start, stop) that a filter of a convolution keeps."""
+"""Rows, columns and input channels [start, stop) that a filter keeps; those of a linear layer have a 1x1 kernel."""
 
 
 def group_patches(kernel: tuple[int, int], channels: int, groups: int) -> tuple[Patch, ...]:
-    """What the filters of each group of a convolution keep: the whole kernel of their share of the channels."""
+    """What the filters of each group of a layer keep: the whole kernel of their share of the channels."""
     rows, columns = kernel
     size = channels // groups
     return tuple(((0, rows), (0, columns), (group * size, (group + 1) * size)) for group in range(groups))
@@ -136,8 +136,8 @@ class Site:
     """Where one decision is taken: `size` units of a group, positions of a kernel, or a branch (a single unit).
 
     `layers` are the nodes of the layers whose cost the decision changes; `node` is where agents see it. At a kernel,
-    `order` is the group of the convolution's `filters` where they may stand in any order, -1 where they may not;
-    `channels` is how many each of them reads.
+    `order` is the group of the layer's `filters` where they may stand in any order, -1 where they may not; `channels`
+    is how many each of them reads. A linear layer's kernel is 1x1, and its outputs are its filters.
     """
 
     name: str

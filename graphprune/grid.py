@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graphprune.cases import Case, cases, legal_cases, operators
 from graphprune.graph import Layer, ModelGraph
-from graphprune.operators import Attention, Convolution, Linear, Operator
+from graphprune.operators import Attention, Convolution, Linear, Operator, Weighted
 from graphprune.pattern import Pattern
 from graphprune.profile import Profile, Progress
 from graphprune.tables import SOLID, layout
@@ -88,7 +88,8 @@ def _cells(name: str, graph: ModelGraph, profile: Profile, patterns: Sequence[Pa
         legal = (case.site.name, case.pattern.name, case.level) in offered
         yield Cell(
             case.pattern.name, _level(case), name or _shape(graph, case), speedup,
-            _flops(case.cut) / max(1, _flops(case.dense)), "" if legal else _reason(speedup),
+            _flops(case.cut) / max(1, _flops(case.dense)),
+            "" if legal else _reason(speedup, case.pattern.refusal(profile.engine)),
         )  # fmt: skip
 
 
@@ -96,8 +97,8 @@ def _flops(found: Iterable[Operator]) -> int:
     return sum(operator.flops for operator in found)
 
 
-def _reason(speedup: float) -> str:
-    return UNABLE if math.isnan(speedup) else "no gain beyond noise"
+def _reason(speedup: float, refusal: str) -> str:
+    return UNABLE if math.isnan(speedup) else refusal or "no gain beyond noise"
 
 
 def _level(case: Case) -> str:
@@ -116,15 +117,15 @@ def _shape(graph: ModelGraph, case: Case) -> str:
 
 def describe(operator: Operator) -> str:
     """An operator in some words: kind, sizes, and the size of what it reads."""
+    groups = f" in {operator.groups} groups" if isinstance(operator, Weighted) and operator.groups > 1 else ""
     if isinstance(operator, Convolution):
         stride = f"/{max(operator.stride)}" if max(operator.stride) > 1 else ""
         kernel, size = "x".join(map(str, operator.kernel)), f"{operator.height}x{operator.width}"
         if operator.groups > 1 and operator.groups == operator.inputs:
             return f"depthwise {kernel}{stride} {operator.outputs} on {size}"
-        groups = f" in {operator.groups} groups" if operator.groups > 1 else ""
         return f"conv {kernel}{stride} {operator.inputs}→{operator.outputs}{groups} on {size}"
     if isinstance(operator, Linear):
-        return f"linear {operator.inputs}→{operator.outputs} on {operator.rows} rows"
+        return f"linear {operator.inputs}→{operator.outputs}{groups} on {operator.rows} rows"
     if isinstance(operator, Attention):
         return f"attention {operator.heads}x{operator.width} on {operator.queries} rows"
     return type(operator).__name__.lower()

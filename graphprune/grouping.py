@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from graphprune.graph import Branch, Group, Layer, Member, ModelGraph, Site
-from graphprune.operators import Attention, Convolution, Linear
+from graphprune.operators import Attention, Convolution, Linear, Weighted
 from graphprune.rule import shapes_of
 
 NORMS = frozenset({"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"})
@@ -127,13 +127,13 @@ def unique(found: Iterable[Named], key: Callable[[Named], Hashable]) -> list[Nam
 
 
 def find_sites(graph: ModelGraph) -> tuple[Site, ...]:
-    """A site for each group that may be cut, each convolution whose weights may be, and each residual branch.
+    """A site for each group that may be cut, each layer whose weights may be, and each residual branch.
 
     A branch comes before all that is inside it.
     """
     position = {node.name: number for number, node in enumerate(graph.nodes)}
     sites = [_group_site(graph, group) for group in graph.all_groups if not group.frozen]
-    sites += [_kernel_site(graph, layer) for layer in graph.layers if _has_kernel(graph, layer)]
+    sites += [_kernel_site(graph, layer) for layer in graph.layers if _has_kernel(layer)]
     sites += [_branch_site(graph, branch) for branch in graph.branches]
     return tuple(sorted(sites, key=lambda site: (position[site.node], site.kind, -len(site.layers))))
 
@@ -158,16 +158,15 @@ def _atoms(layer: Layer) -> set[int]:
     )
 
 
-def _has_kernel(graph: ModelGraph, layer: Layer) -> bool:
-    """Whether a convolution's weights may be cut by themselves: within the kernel, or by dividing it into groups."""
+def _has_kernel(layer: Layer) -> bool:
+    """Whether a layer's weights may be cut by themselves: within the kernel, by division into groups, or by a mask."""
     operator = layer.operator
-    plain = isinstance(operator, Convolution) and layer.standard
-    return plain and (max(operator.kernel) > 1 or _free_order(graph, layer) >= 0)  # type: ignore[union-attr]
+    return isinstance(operator, Weighted) and layer.standard and (max(operator.kernel) > 1 or layer.groups is None)
 
 
 def _kernel_site(graph: ModelGraph, layer: Layer) -> Site:
     operator = layer.operator
-    assert isinstance(operator, Convolution)
+    assert isinstance(operator, Weighted)
     rows, columns = operator.kernel
     return Site(
         f"{layer.module}/kernel", "kernel", rows * columns, (layer.node,), layer.node, kernel=(rows, columns),
@@ -176,7 +175,7 @@ def _kernel_site(graph: ModelGraph, layer: Layer) -> Site:
 
 
 def _free_order(graph: ModelGraph, layer: Layer) -> int:
-    """The group of a convolution's filters if nothing else makes its channels, so that any order will do; else -1."""
+    """The group of a layer's filters if nothing else makes its outputs, so that any order will do; else -1."""
     atom = layer.outputs.atom
     if atom < 0 or layer.groups is not None or graph.atom_frozen[atom]:
         return -1

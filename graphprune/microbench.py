@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from graphprune.errors import InputError
-from graphprune.operators import Attention, Convolution, Linear, Mixture, Operator
+from graphprune.operators import Attention, Convolution, Linear, Masked, Mixture, Operator
 
 METHOD = 1
 """To be raised whenever a change here changes what is measured: kept timings of another method are not used."""
@@ -41,6 +41,9 @@ IMAGE_CHANNELS = 4
 PATTERN = np.random.default_rng(0).standard_normal(4099).astype(np.float32)
 """Weights repeat these values: what they are does not matter, and drawing millions takes longer than timing them."""
 
+PAIRS = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]], np.float32)
+"""Which of 4 inputs a mask keeps, in turns."""
+
 
 @dataclass(frozen=True)
 class Microbench:
@@ -58,10 +61,15 @@ def microbench(operator: Operator, batch: int = 1) -> Microbench:
 
     Raises InputError for an activation that is not known here.
     """
-    if isinstance(operator, Linear) and operator.activation not in _ACTIVATION:
-        raise InputError(f"unknown activation {operator.activation!r}; known: {', '.join(filter(None, _ACTIVATION))}")
+    dense = _dense(operator)
+    if isinstance(dense, Linear) and dense.activation not in _ACTIVATION:
+        raise InputError(f"unknown activation {dense.activation!r}; known: {', '.join(filter(None, _ACTIVATION))}")
     copies = _copies(operator, batch)
     return Microbench(_build(operator, batch, copies + 1, copies + 1), _build(operator, batch, copies + 1, 1), copies)
+
+
+def _dense(operator: Operator) -> Operator:
+    return operator.dense if isinstance(operator, Masked) else operator
 
 
 def _copies(operator: Operator, batch: int) -> int:
@@ -92,8 +100,13 @@ class _Graph:
         self.weights.append(numpy_helper.from_array(value, name))
         return name
 
-    def weight(self, *shape: int) -> str:
-        return self.constant(np.resize(PATTERN, shape))
+    def weight(self, *shape: int, thinned: int | None = None) -> str:
+        """A weight; along the axis `thinned`, 2 of each 4 are zero."""
+        value = np.resize(PATTERN, shape)
+        if thinned is not None:
+            rows = np.moveaxis(value, thinned, -1)
+            rows *= np.resize(PAIRS, rows.shape)
+        return self.constant(value)
 
     def integers(self, *values: int) -> str:
         return self.constant(np.array(values, dtype=np.int64))
@@ -105,6 +118,12 @@ class _Graph:
         name = f"tensor{len(self.nodes)}"
         self.nodes.append(helper.make_node(operation, list(inputs), [name], **attributes))
         return name
+
+    def split(self, source: str, parts: int) -> list[str]:
+        """Equal parts along the last axis."""
+        names = [f"tensor{len(self.nodes)}_{part}" for part in range(parts)]
+        self.nodes.append(helper.make_node("Split", [source], names, axis=-1, num_outputs=parts))
+        return names
 
     def serialise(self, output: str) -> bytes:
         result = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
@@ -125,7 +144,7 @@ def _build(operator: Operator, batch: int, sources: int, copies: int) -> bytes:
             results.append(_EMIT[type(operator)](graph, operator, *current))
     total = results[0]
     # A convolution takes the addition in; the others do not, so that their baseline adds as often as their model.
-    addends = results[1:] if isinstance(operator, Convolution) else (results * sources)[1:sources]
+    addends = results[1:] if isinstance(_dense(operator), Convolution) else (results * sources)[1:sources]
     for result in addends:
         total = graph.add("Add", result, total)
     return graph.serialise(total)
@@ -138,8 +157,9 @@ def _convolution_source(graph: _Graph, operator: Convolution) -> tuple[str, ...]
     return (graph.add("Conv", image, graph.weight(operator.inputs, IMAGE_CHANNELS, 1, 1)),)
 
 
-def _convolution(graph: _Graph, operator: Convolution, source: str) -> str:
-    weight = graph.weight(operator.outputs, operator.inputs // operator.groups, *operator.kernel)
+def _convolution(graph: _Graph, operator: Convolution, source: str, masked: bool = False) -> str:
+    shape = operator.outputs, operator.inputs // operator.groups, *operator.kernel
+    weight = graph.weight(*shape, thinned=1 if masked else None)
     return graph.add(
         "Conv",
         _crop(graph, operator.padding, source),
@@ -175,9 +195,20 @@ def _linear_source(graph: _Graph, operator: Linear) -> tuple[str, ...]:
     return (graph.input(1, operator.rows, operator.inputs),)
 
 
-def _linear(graph: _Graph, operator: Linear, source: str) -> str:
-    product = graph.add("MatMul", source, graph.weight(operator.inputs, operator.outputs))
+def _linear(graph: _Graph, operator: Linear, source: str, masked: bool = False) -> str:
+    shape, thinned = (operator.inputs // operator.groups, operator.outputs // operator.groups), 0 if masked else None
+    parts = graph.split(source, operator.groups) if operator.groups > 1 else [source]
+    products = [graph.add("MatMul", part, graph.weight(*shape, thinned=thinned)) for part in parts]
+    product = graph.add("Concat", *products, axis=-1) if operator.groups > 1 else products[0]
     return _ACTIVATION[operator.activation](graph, graph.add("Add", product, graph.weight(operator.outputs)))
+
+
+def _masked_source(graph: _Graph, operator: Masked) -> tuple[str, ...]:
+    return _SOURCE[type(operator.dense)](graph, operator.dense)
+
+
+def _masked(graph: _Graph, operator: Masked, source: str) -> str:
+    return _EMIT[type(operator.dense)](graph, operator.dense, source, masked=True)
 
 
 def _relu(graph: _Graph, source: str) -> str:
@@ -219,11 +250,13 @@ _SOURCE: dict[type, Callable[..., tuple[str, ...]]] = {
     Convolution: _convolution_source,
     Mixture: _mixture_source,
     Linear: _linear_source,
+    Masked: _masked_source,
     Attention: _attention_source,
 }
 _EMIT: dict[type, Callable[..., str]] = {
     Convolution: _convolution,
     Mixture: _mixture,
     Linear: _linear,
+    Masked: _masked,
     Attention: _attention,
 }

@@ -2,11 +2,11 @@
 
 The third route to a pruned network, beside cutting the module and cutting its exported graph; all three compute the
 same. The dense network is exported once (`onnx_template`). A cut then takes the weights that stay, writes the sizes
-that change, shrinks, parts or groups convolutions, leaves dropped branches out, and folds batch norms into the
-convolutions before them, as torch's exporters do.
+that change, shrinks, parts or groups convolutions, parts linear layers, leaves dropped branches out, and folds batch
+norms into the convolutions before them, as torch's exporters do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from graphprune.branches import outermost
 from graphprune.cuts import Cuts
+from graphprune.division import block_diagonal
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError, StepError
 from graphprune.exported import cut_program, plain_module
@@ -25,10 +26,10 @@ from graphprune.exporters import outputs_of
 from graphprune.fold import crop, initializer
 from graphprune.graph import Branch, Layer, ModelGraph, Parameter, Window
 from graphprune.onnx_template import Template, make_template, sized
-from graphprune.operators import Convolution
+from graphprune.operators import Convolution, Linear
 from graphprune.spread import fold_norm, spread
 from graphprune.surgery import example_inputs, varied
-from graphprune.window import block_diagonal, window_padding
+from graphprune.window import window_padding
 
 Array = NDArray[Any]
 State = Mapping[str, torch.Tensor]
@@ -102,6 +103,7 @@ class _Operation:
         self.values = {value.name: value for node in self.graph for value in node.outputs}
         layers = self.surgeon.graph.layer
         self.windows = {layers[node].weight: window for node, window in self.cuts.windows.items()}
+        self.masks = {layers[node].weight: mask for node, mask in self.cuts.masks.items()}
         self.divided = {layers[node].weight: self.cuts.group_count(layers[node]) for node in self.cuts.groups}
         self.gone = {call for branch in self.cuts.dropped for call in branch.inside}
 
@@ -123,6 +125,9 @@ class _Operation:
         for name in self.cuts.mixes:
             self._mix(layers[name])
         self._load()
+        for name in self.cuts.groups:
+            if isinstance(layers[name].operator, Linear):
+                self._divide(layers[name])
         for name, window in self.cuts.windows.items():
             if name not in self.gone:
                 self._shrink(layers[name], self._convolution(name), window)
@@ -154,7 +159,8 @@ class _Operation:
 
     def _group(self) -> None:
         counts = {name: form.kept_size(self.cuts.sizes) for name, form in self.template.groups.items()}
-        counts |= {name: self.cuts.group_count(self.surgeon.graph.layer[name]) for name in self.cuts.groups}
+        layers = [self.surgeon.graph.layer[name] for name in self.cuts.groups]
+        counts |= {x.node: self.cuts.group_count(x) for x in layers if isinstance(x.operator, Convolution)}
         for name, count in counts.items():
             if name not in self.gone:
                 self._convolution(name).attributes["group"] = ir.AttrInt64("group", count)
@@ -189,6 +195,9 @@ class _Operation:
     def _sliced(self, parameter: Parameter, value: ir.Value) -> Array:
         assert value.const_value is not None
         array: Array = value.const_value.numpy()
+        if parameter.name in self.masks:
+            mask = self.masks[parameter.name]
+            array = array * mask.reshape(*mask.shape, *[1] * (array.ndim - 2))
         for axis, form in enumerate(parameter.axes):
             if form.atoms() & self.cuts.kept.keys():
                 array = array.take(form.kept(self.cuts.kept), axis)
@@ -230,10 +239,54 @@ class _Operation:
             self.graph.insert_before(conv, made)
             self._shrink(layer, made, (rows, columns))
             outputs.append(made.outputs[0])
-        joined = ir.node("Concat", outputs, {"axis": 1})
-        self.graph.insert_before(conv, joined)
-        ir.convenience.replace_all_uses_with(conv.outputs[0], joined.outputs[0], replace_graph_outputs=True)
-        self.graph.remove(conv, safe=True)
+        self._join(conv, outputs, 1)
+
+    def _join(self, node: ir.Node, outputs: Sequence[ir.Value], axis: int) -> None:
+        """Let values, one after the other, take the place of what a node makes."""
+        joined = ir.node("Concat", outputs, {"axis": axis})
+        self.graph.insert_before(node, joined)
+        ir.convenience.replace_all_uses_with(node.outputs[0], joined.outputs[0], replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+
+    # --- linear layers --------------------------------------------------------------------------------------------
+
+    def _divide(self, layer: Layer) -> None:
+        """Put a product for each group, of its part of the input, in the place of one."""
+        product, turned = self._product(layer)
+        groups = self.cuts.group_count(layer)
+        source, _, *bias = product.inputs
+        parts = ir.node("Split", [source, self._equal_parts(layer, groups)], {"axis": -1}, num_outputs=groups)
+        self.graph.insert_before(product, parts)
+        constants = {layer.weight: turned} | {value.name or "": False for value in bias if value is not None}
+        outputs = []
+        for number, part in enumerate(parts.outputs):
+            own = [self._own(name, number, groups, other_way) for name, other_way in constants.items()]
+            made = ir.node(product.op_type, [part, *own], dict(product.attributes))
+            self.graph.insert_before(product, made)
+            outputs.append(made.outputs[0])
+        self._join(product, outputs, -1)
+
+    def _equal_parts(self, layer: Layer, groups: int) -> ir.Value:
+        sizes = np.full(groups, layer.inputs.size // groups, np.int64)
+        return initializer(self.graph, f"{layer.node}_parts", sizes)
+
+    def _own(self, name: str, number: int, groups: int, turned: bool) -> ir.Value:
+        """A group's rows of a weight or bias that is loaded, as columns where it is `turned`."""
+        whole = self.graph.initializers[name].const_value
+        assert whole is not None
+        own = np.split(whole.numpy(), groups)[number]
+        return initializer(self.graph, f"{name}.{number}", np.ascontiguousarray(own.T if turned else own))
+
+    def _product(self, layer: Layer) -> tuple[ir.Node, bool]:
+        """The product with a linear layer's weight, and whether that is transposed before."""
+        weight = self.graph.initializers.get(layer.weight)
+        readers = [use.node for use in weight.uses()] if weight is not None else []
+        turned = [node.op_type for node in readers] == ["Transpose"]
+        if turned:
+            readers = [use.node for use in readers[0].outputs[0].uses()]
+        if [node.op_type for node in readers] not in (["MatMul"], ["Gemm"]):
+            raise StepError(f"{layer.module!r} is no single product in the ONNX graph")
+        return readers[0], turned
 
     def _part(self, name: str, dense: Array) -> tuple[str, Array]:
         found = self.state[name].detach().cpu().numpy() if name in self.state else dense

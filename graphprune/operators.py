@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,52 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix product of `rows` vectors with a weight [outputs, inputs], and the activation that follows it."""
+    """A matrix product of `rows` vectors with a weight [outputs, inputs / groups], and the activation that follows it.
+
+    In several groups each share of the outputs reads its own share of the inputs, as in a convolution.
+    """
 
     rows: int
     inputs: int
     outputs: int
     activation: str = ""
+    groups: int = 1
+    kernel: ClassVar[tuple[int, int]] = (1, 1)
+    """What it has in common with a convolution of one pixel."""
 
     @property
     def flops(self) -> int:
         """Multiply-adds x 2."""
-        return 2 * self.rows * self.inputs * self.outputs
+        return 2 * self.rows * self.parameters
 
     @property
     def parameters(self) -> int:
         """Number of weights, without a bias."""
-        return self.inputs * self.outputs
+        return self.outputs * (self.inputs // self.groups)
+
+
+Weighted = Convolution | Linear
+"""What has one weight: an output reads features, one for each of its inputs and positions of its kernel."""
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A dense operator whose weight keeps 2 of each 4 consecutive inputs of every output; the others are zeros.
+
+    Its costs are those of the dense one: who saves them is an engine with kernels for such weights.
+    """
+
+    dense: Weighted
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds x 2, those with zeros too."""
+        return self.dense.flops
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, the zeros too."""
+        return self.dense.parameters
 
 
 @dataclass(frozen=True)
@@ -124,7 +154,7 @@ class Absent:
     parameters: int = 0
 
 
-Operator = Convolution | Mixture | Linear | Attention | Absent
+Operator = Convolution | Mixture | Linear | Masked | Attention | Absent
 
 
 def key(operator: Operator) -> str:

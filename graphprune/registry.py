@@ -5,6 +5,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from graphprune.engines.base import Engine
 from graphprune.errors import InputError
 from graphprune.pattern import Pattern
 
@@ -28,14 +29,20 @@ def pattern(name: str) -> Pattern:
     return patterns()[name]
 
 
-def chosen_patterns(names: Sequence[str] | None) -> tuple[Pattern, ...]:
-    """The patterns of these names, in the registry's order; all for None. InputError for an unknown or no name."""
+def chosen_patterns(names: Sequence[str] | None, engine: Engine | None = None) -> tuple[Pattern, ...]:
+    """The patterns of these names, in the registry's order; for None all that may gain something on the engine.
+
+    InputError for an unknown or no name, and for that of a pattern which gains nothing there. None is any engine.
+    """
     if names is None:
-        return tuple(patterns().values())
+        return tuple(known for known in patterns().values() if not known.refusal(engine))
     if not names:
         raise InputError(f"no pattern is chosen; known are {', '.join(sorted(patterns()))}")
-    wanted = {pattern(name).name for name in names}
-    return tuple(known for name, known in patterns().items() if name in wanted)
+    for name in names:
+        if reason := pattern(name).refusal(engine):
+            where = f" on {engine.identity}" if engine else ""
+            raise InputError(f"the pattern {name!r} cannot be used{where}: {reason}")
+    return tuple(known for name, known in patterns().items() if name in names)
 
 
 def agent(name: str, **settings: Any) -> "Agent":

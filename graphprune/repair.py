@@ -11,16 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from graphprune.calibration import by_channel, by_tap, features_of, gram, largest_activation, positions_of, vectors
-from graphprune.compensation import cholesky
+from graphprune.compensation import cholesky, solve_rows
 from graphprune.cuts import Cuts
 from graphprune.exported import cut_program, plain_module
 from graphprune.graph import Layer, ModelGraph
-from graphprune.operators import Mixture, Operator
+from graphprune.operators import Masked, Mixture, Operator
 from graphprune.tracing import operator_name
 
 USUAL_ACTIVATION = 2**17
@@ -157,7 +159,9 @@ class Solver(fx.Interpreter):
             first += len(weight)
             targets = targets.reshape(len(targets), groups, -1).transpose(0, 1)
             start = by_tap(weight.reshape(groups, -1, inputs.shape[-1]), operator)
-            best, shift = least_squares(inputs, targets, start, self.free_mean(node, bias), self.pull)
+            mask = self.cuts.masks.get(layer.node)
+            mask = mask if mask is None else mask[layer.outputs.kept(self.cuts.kept)]
+            best, shift = least_squares(inputs, targets, start, self.free_mean(node, bias), self.pull, mask)
             weight.copy_(by_channel(best, operator).reshape(weight.shape))
             if bias is not None:
                 bias.copy_(shift.reshape(-1))
@@ -167,6 +171,10 @@ class Solver(fx.Interpreter):
     ) -> Iterator[tuple[Operator, Tensor, Tensor | None]]:
         """The operators that make a layer's outputs, one after the other, with their weights and biases."""
         operator = self.cuts.operator(layer)
+        if isinstance(operator, Masked):
+            masked = self.fetch_attr(str(node.target))
+            yield operator.dense, masked.weight, masked.bias
+            return
         if not isinstance(operator, Mixture):
             yield operator, arguments[1], arguments[2] if len(arguments) > 2 else None
             return
@@ -197,12 +205,14 @@ def _behind(graph: ModelGraph, cuts: Cuts) -> set[str]:
 
 
 def least_squares(
-    inputs: Tensor, targets: Tensor, start: Tensor, centred: bool, pull: float = PULL
-) -> tuple[Tensor, Tensor]:
+    inputs: Tensor, targets: Tensor, start: Tensor, centred: bool, pull: float = PULL,
+    mask: NDArray[np.bool_] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The weights [groups, outputs, features] that map inputs [groups, rows, features] to targets, and the shift.
 
     Minimises |targets - W inputs - shift|^2 + strength |W - start|^2 per group, where the strength is `pull` times the
-    inputs' mean second moment; the shift [groups, outputs] is 0 unless `centred`.
+    inputs' mean second moment; the shift [groups, outputs] is 0 unless `centred`. Weights off the `mask`
+    [outputs, features] of the only group are 0.
     """
     mean_in, mean_out = inputs.mean(1, keepdim=True).double(), targets.mean(1, keepdim=True).double()
     if not centred:
@@ -213,6 +223,10 @@ def least_squares(
     diagonal = torch.diagonal(moments, dim1=1, dim2=2)
     strength = (pull * diagonal.mean(1) + 1e-9)[:, None, None]
     moments = moments + strength * torch.eye(moments.shape[-1], dtype=moments.dtype)
-    best = torch.cholesky_solve(cross + strength * start.double().mT, cholesky(moments)).mT
+    wanted = cross + strength * start.double().mT
+    if mask is None:
+        best = torch.cholesky_solve(wanted, cholesky(moments)).mT
+    else:
+        best = solve_rows(moments[0], wanted[0].T.contiguous(), mask)[None]
     shift = mean_out[:, 0] - torch.einsum("gof,gf->go", best, mean_in[:, 0])
     return best.to(start.dtype), shift.to(start.dtype)

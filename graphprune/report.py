@@ -100,11 +100,11 @@ def _context(
     }
 
 
-def _plan(result: Result) -> list[tuple[Choice, int]]:
-    """The choices, and from how many units each chose, in the order of the graph."""
+def _plan(result: Result) -> list[tuple[Choice, int, int]]:
+    """The choices, how much of each site stays and how much there is, in the order of the graph."""
     chosen = {choice.site: choice for choice in result.plan.choices}
     sites = [site for site in result.graph.all_sites if site.name in chosen]
-    return [(choice := chosen[site.name], pattern(choice.pattern).units(site)) for site in sites]
+    return [(choice := chosen[site.name], *pattern(choice.pattern).kept(site, choice.keep)) for site in sites]
 
 
 def _rows(result: Result, share: Share | None) -> list[Row]:

@@ -85,16 +85,18 @@ def search(  # noqa: PLR0913 - the public entry: what is searched, for what, by 
     `model` is a module or a spec string; `agent` a name, or an agent of your own (one with a loaded policy, say).
     `engine` (ONNX Runtime, one thread) is what latency means. `study` is an SQLite file or a storage URL: a killed
     search that is started again with the same arguments goes on where it was. `rivals` names agents that get the same
-    problem for comparison, `patterns` those that may be used; None is all of them. Never fine-tunes. Raises InputError
-    for input that cannot be used, TargetError, with the best that can be reached, where no plan meets the target.
+    problem for comparison, `patterns` those that may be used; None is all that may gain on the engine. Never
+    fine-tunes. Raises InputError for input that cannot be used, TargetError, with the best that can be reached, where
+    no plan meets the target.
     """
     if trials < 1:
         raise InputError(f"a search needs at least one trial, not {trials}")
     searcher = create_agent(agent) if isinstance(agent, str) else agent
     others = [create_agent(name) for name in rivals]
-    allowed = chosen_patterns(patterns)
+    engine = engine or OnnxRuntimeEngine()
+    allowed = chosen_patterns(patterns, engine)
     spec, module = (model, models.create(model)) if isinstance(model, str) else ("", model)
-    session = Session.prepare(module, task, target, engine or OnnxRuntimeEngine(), allowed, study, progress or _quiet)
+    session = Session.prepare(module, task, target, engine, allowed, study, progress or _quiet)
     problem = session.solve(searcher, trials, seed)
     result = session.verify(problem, searcher.name, seed)
     records = {one.name: session.verify(session.solve(one, trials, seed), one.name, seed).record for one in others}
@@ -151,7 +153,7 @@ class Session:
         }
         limits = target.shares({"latency": timing.median, "flops": counts.flops, "params": counts.params})
         bench = Workbench(module, graph, make_reference(graph, task.calibration), task)
-        store = Study.open(study, _study_name(module, graph, task, engine), _labels(graph, profile.block))
+        store = Study.open(study, _study_name(module, graph, task, engine), _labels(graph, profile))
         session = cls(
             module, graph, task, target, engine, candidates, bench, costs, limits, candidates.error(), store,
             dense, dense_onnx, progress,
@@ -379,17 +381,17 @@ def corrected(cost: Sum, factor: float) -> Sum:
     return Sum(1 - factor + factor * cost.constant, factors)
 
 
-def _labels(graph: ModelGraph, block: int) -> dict[str, list[str]]:
-    """What any pattern could do at each site, chosen for this search or not.
+def _labels(graph: ModelGraph, profile: Profile) -> dict[str, list[str]]:
+    """What any pattern of the engine could do at each site, chosen for this search or not.
 
     A plan is a plan, so searches with other patterns share the study, and its columns are fixed when it is made.
     """
     options = {
         site.name: [
             label(pattern.name, level.name)
-            for pattern in chosen_patterns(None)
+            for pattern in chosen_patterns(None, profile.engine)
             if site.kind in pattern.kinds
-            for level in pattern.levels(site, block)
+            for level in pattern.levels(site, profile.block)
         ]
         for site in graph.all_sites
     }

@@ -23,7 +23,7 @@ from graphprune.calibration import CHANNELS, KERNEL, Moments, Statistics, calibr
 from graphprune.compensation import Loss, score_error
 from graphprune.exported import plain_module
 from graphprune.graph import Layer, ModelGraph
-from graphprune.operators import Convolution
+from graphprune.operators import Weighted
 
 IMAGES = 128
 POWER = 0.75
@@ -122,7 +122,8 @@ def _probes(graph: ModelGraph, statistics: Statistics) -> Iterator[tuple[str, Pr
 
 def typical(layer: Layer, moments: Moments) -> Iterator[tuple[str, Tensor]]:
     """Features that a cut may leave: the larger half of the channels; the middle column and row of the kernel."""
-    kernel = layer.operator.kernel if isinstance(layer.operator, Convolution) else (1, 1)
+    assert isinstance(layer.operator, Weighted)
+    kernel = layer.operator.kernel
     energy = moments.weight.square().sum((0, 1)) * torch.diagonal(moments.second, dim1=1, dim2=2).sum(0)
     features = torch.arange(len(energy)).reshape(-1, *kernel)
     if len(features) > 1:

@@ -19,14 +19,16 @@ from torch import nn
 from graphprune import literals
 from graphprune.branches import gone_parameters, outermost
 from graphprune.cuts import Cuts, resolve
+from graphprune.division import divided
 from graphprune.errors import StepError
 from graphprune.exported import cut_part, cut_program, literal_changes
 from graphprune.graph import ModelGraph
+from graphprune.masked import masked
 from graphprune.plan import Plan
 from graphprune.routes import Route, own_routes
 from graphprune.switches import with_switches
 from graphprune.tracing import copied, first_line, state_of, trace
-from graphprune.window import divide, mixed, windowed
+from graphprune.window import mixed, windowed
 from graphprune.zeros import Zero
 
 if TYPE_CHECKING:
@@ -165,6 +167,9 @@ def cut_module(model: nn.Module, graph: ModelGraph, cuts: Cuts, route: Route) ->
     for node, window in cuts.windows.items():
         path = graph.layer[node].module
         pruned.set_submodule(path, windowed(pruned.get_submodule(path), window))  # type: ignore[arg-type]
+    for node, mask in cuts.masks.items():
+        path = graph.layer[node].module
+        pruned.set_submodule(path, masked(pruned.get_submodule(path), mask))  # type: ignore[arg-type]
     _slice_parameters(pruned, graph, cuts)
     for node in cuts.mixes:
         layer = graph.layer[node]
@@ -172,7 +177,8 @@ def cut_module(model: nn.Module, graph: ModelGraph, cuts: Cuts, route: Route) ->
         pruned.set_submodule(layer.module, mixed(conv, cuts.runs(layer)))  # type: ignore[arg-type]
     for node in cuts.groups:
         layer = graph.layer[node]
-        divide(pruned.get_submodule(layer.module), cuts.group_count(layer))  # type: ignore[arg-type]
+        whole = pruned.get_submodule(layer.module)
+        pruned.set_submodule(layer.module, divided(whole, cuts.group_count(layer)))  # type: ignore[arg-type]
     _follow_literals(pruned, graph, cuts, frozenset(route.attributes))
     for part in route.parts:
         pruned.set_submodule(part.path, with_switches(cut_part(part, graph, cuts, model)))

@@ -8,10 +8,11 @@ from itertools import groupby
 from typing import Any, overload
 
 from graphprune.cases import Case, cases, legal_cases, operators
+from graphprune.engines.base import Engine
 from graphprune.graph import Group, ModelGraph
 from graphprune.pattern import Pattern
 from graphprune.profile import MOST_GAIN, Profile
-from graphprune.registry import patterns
+from graphprune.registry import chosen_patterns, patterns
 
 WIDTH = 120
 """Columns of a terminal that a table fits in."""
@@ -103,7 +104,7 @@ class SiteTable(Sequence[SiteRow]):
     def rows(self) -> tuple[SiteRow, ...]:
         """The rows, in the order of the graph."""
         if self.profile is not None:
-            self.profile.fill(operators(self.graph, list(patterns().values()), self.profile.block))
+            self.profile.fill(operators(self.graph, chosen_patterns(None, self.profile.engine), self.profile.block))
         found = self._cases()
         return tuple(
             SiteRow(site.name, site.kind, site.size, tuple(map(self._level, found.get(site.name, ()))))
@@ -123,37 +124,56 @@ class SiteTable(Sequence[SiteRow]):
     def to_dict(self) -> dict[str, Any]:
         """The table for JSON: `engine`, `block`, and under `sites` the rows."""
         engine = self.profile.engine.identity if self.profile else None
-        block = self.profile.block if self.profile else BLOCK
-        return {"engine": engine, "block": block, "sites": [asdict(row) for row in self]}
+        return {"engine": engine, "block": self._block, "sites": [asdict(row) for row in self]}
 
     def __str__(self) -> str:
         heading = "levels: dense time / time" if self.profile else f"possible levels (not measured; blocks of {BLOCK})"
-        rows = []
+        rows: list[tuple[str, ...]] = []
+        refused: dict[tuple[str, str], int] = {}
         for row in self:
+            if not row.levels and (why := self._refusal(row)):
+                refused[why] = refused.get(why, 0) + 1
+                continue
             cells = (row.name, row.kind, str(row.size))
             found = [(name, _summary(levels)) for name, levels in groupby(row.levels, lambda level: level.pattern)]
             rows += [(*cells, name, levels) for name, levels in found or [("-", self._why_none(row))]]
         told = _told_once(rows, (1, 2, 3))
         lines = layout(("site", "kind", "size", "pattern", heading), told, numbers=(2,))
+        lines += [f"not shown: {count} layers for {name}: {reason}" for (name, reason), count in refused.items()]
         nodes = {node for row in self if row.levels for node in self.graph.site[row.name].layers}
         lines.append(f"sites with a choice reach {_reach(self.graph, nodes)}")
         return "\n".join(lines)
 
-    def _why_none(self, row: SiteRow) -> str:
+    @property
+    def _engine(self) -> Engine | None:
+        return self.profile.engine if self.profile else None
+
+    @property
+    def _block(self) -> int:
+        return self.profile.block if self.profile else BLOCK
+
+    def _possible(self, row: SiteRow) -> list[Pattern]:
+        """The patterns that the structure allows, whether they gain or not."""
         site = self.graph.site[row.name]
-        block = self.profile.block if self.profile else BLOCK
+        return [pattern for pattern in _patterns(site.kind) if pattern.levels(site, self._block)]
+
+    def _refusal(self, row: SiteRow) -> tuple[str, str] | None:
+        """The only pattern that the structure allows, and why it gains nothing here; None where that is not so."""
+        reasons = [(pattern.name, pattern.refusal(self._engine)) for pattern in self._possible(row)]
+        return reasons[0] if len(reasons) == 1 and reasons[0][1] else None
+
+    def _why_none(self, row: SiteRow) -> str:
+        site, block = self.graph.site[row.name], self._block
         if not _patterns(site.kind):
             return "no pattern cuts it"
-        possible = any(pattern.levels(site, block) for pattern in _patterns(site.kind))
-        if possible:
+        if any(not pattern.refusal(self._engine) for pattern in self._possible(row)):
             return "nothing gains beyond noise"
         rows, columns = site.kernel
         return f"no level for {rows}x{columns}" if site.atom < 0 else f"too small for a level (blocks of {block})"
 
     def _cases(self) -> dict[str, list[Case]]:
         """What the table shows, by site."""
-        block = self.profile.block if self.profile else BLOCK
-        found: Iterable[Case] = list(cases(self.graph, list(patterns().values()), block))
+        found: Iterable[Case] = list(cases(self.graph, chosen_patterns(None, self._engine), self._block))
         if self.profile is not None:
             found = legal_cases(found, self.graph, self.profile)
         return {name: list(same) for name, same in groupby(found, lambda case: case.site.name)}

@@ -329,10 +329,10 @@ class _Walk:
         if name == "conv2d" and len(source) != 4:
             return None
         if name == "linear":
-            linear = _linear(node, shape)
             return Layer(
-                node.name, module, self.names.get(weight.name, ""), source[-1], forms[weight][0][0], None, linear
-            )
+                node.name, module, self.names.get(weight.name, ""), source[-1], forms[weight][0][0], None,
+                _linear(node, shape), self._standard(node, weight),
+            )  # fmt: skip
         groups = call.extra.get("groups")
         return Layer(
             node.name, module, self.names.get(weight.name, ""), source[1], forms[weight][0][0],
@@ -340,12 +340,14 @@ class _Walk:
         )  # fmt: skip
 
     def _standard(self, node: fx.Node, weight: fx.Node) -> bool:
-        """A plain Conv2d called once, so that it may be replaced by one with a smaller kernel."""
+        """A plain Conv2d or Linear called once, whose weight is its own, so that another may take its place."""
         path = owner_path(node)
         owner = self.model.get_submodule(path) if path else self.model
-        plain = type(owner).forward is nn.Conv2d.forward and not getattr(owner, "_forward_hooks", None)
-        named = self.names.get(weight.name) == f"{path}.weight" and getattr(owner, "padding_mode", "") == "zeros"
-        return plain and named and len(weight.users) == 1 and not isinstance(self.calls[node.name]["padding"], str)
+        forward, padding = type(owner).forward, self.calls[node.name].arguments.get("padding")
+        plain = forward in (nn.Conv2d.forward, nn.Linear.forward) and not getattr(owner, "_forward_hooks", None)
+        zeros = getattr(owner, "padding_mode", "zeros") == "zeros" and not isinstance(padding, str)
+        alone = len(weight.users) == 1 and sum(axes is self.known[weight] for axes in self.known.values()) == 1
+        return plain and zeros and alone and self.names.get(weight.name) == f"{path}.weight"
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -97,6 +97,7 @@ class _Unmeasured:
 
     identity: str
     batch: int = 1
+    sparse_kernels: bool = False
 
     def run(self, model: Model, inputs: Mapping[str, NDArray[np.generic]]) -> NoReturn:
         raise _NotCachedError

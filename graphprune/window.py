@@ -1,7 +1,6 @@
 """A convolution with a smaller kernel than it had: one-sided padding, and a crop where the window is off-centre.
 
-All filters have the same window (`WindowConv2d`), or each run of filters has one of its own (`MixedConv2d`). Where
-filters read fewer channels instead, torch's own grouped convolution is left (`divide`).
+All filters have the same window (`WindowConv2d`), or each run of filters has one of its own (`MixedConv2d`).
 """
 
 from collections.abc import Sequence
@@ -102,18 +101,6 @@ def mixed(conv: nn.Conv2d, runs: Sequence[tuple[Window, int]]) -> MixedConv2d:
         parts.append(windowed(_filters(conv, slice(first, first + count)), window))
         first += count
     return MixedConv2d(parts).train(conv.training)
-
-
-def divide(conv: nn.Conv2d, groups: int) -> None:
-    """Turn a dense convolution into a grouped one, in place: each group's filters read their own channels alone."""
-    conv.weight = nn.Parameter(block_diagonal(conv.weight.detach(), groups), conv.weight.requires_grad)
-    conv.groups = groups
-
-
-def block_diagonal(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """The diagonal blocks of weights [outputs, inputs, ...]: [outputs, inputs / groups, ...]."""
-    size = weight.shape[1] // groups
-    return torch.cat([part[:, group * size : (group + 1) * size] for group, part in enumerate(weight.chunk(groups))])
 
 
 def _filters(conv: nn.Conv2d, which: slice) -> nn.Conv2d:

@@ -8,10 +8,11 @@ from graphprune.patterns.heads import Heads
 from graphprune.patterns.hidden import Hidden
 from graphprune.patterns.kernel import Kernel
 from graphprune.patterns.kernel_mix import KernelMix
+from graphprune.patterns.n_of_m import NOfM
 from graphprune.patterns.width import Width
 
 PATTERNS: dict[str, type[Pattern]] = {
-    pattern.name: pattern for pattern in (Filter, Kernel, KernelMix, Groups, Heads, Hidden, Width, Block)
+    pattern.name: pattern for pattern in (Filter, Kernel, KernelMix, Groups, Heads, Hidden, Width, Block, NOfM)
 }
 
 __all__ = ["PATTERNS"]

@@ -1,8 +1,9 @@
-"""A convolution divided into groups: each filter reads only the half or the quarter of the channels that it needs most.
+"""A convolution or linear layer in groups: each filter reads only the half or quarter of the channels it needs most.
 
 A block-diagonal weight, as grouped convolutions have it (Krizhevsky et al. 2012; Xie et al., CVPR 2017, arXiv
 1611.05431). The channels stay where they are; the filters are put in order, so that those of one group stand together,
-and every consumer takes over that order, so no gather remains.
+and every consumer takes over that order, so no gather remains. The outputs of a linear layer are its filters, its
+inputs are its channels.
 """
 
 from typing import ClassVar
@@ -20,7 +21,7 @@ _LEVELS = {"2 groups": 2, "4 groups": 4}
 
 
 class Groups(Pattern):
-    """Shares the filters of a convolution equally among 2 or 4 groups, each filter where it loses least."""
+    """Shares the filters of a layer equally among 2 or 4 groups, each filter where it loses least."""
 
     name: ClassVar[str] = "groups"
     kinds: ClassVar[frozenset[str]] = frozenset({"kernel"})
@@ -53,7 +54,7 @@ class Groups(Pattern):
         return tuple(np.flatnonzero(kept).tolist())
 
     def rewrite(self, site: Site, keep: tuple[int, ...]) -> Cuts:
-        """Divide the convolution. Raises InputError unless each filter keeps one group, and each group as many."""
+        """Divide the layer. Raises InputError unless each filter keeps one group, and each group as many."""
         kept = np.zeros((site.filters, PARTS), dtype=bool)
         kept.reshape(-1)[list(keep)] = True
         if kept.all():

@@ -34,6 +34,8 @@ class Kernel(Pattern):
 
     def rewrite(self, site: Site, keep: tuple[int, ...]) -> Cuts:
         """Keep a rectangle of kernel positions."""
+        if len(keep) == site.size:
+            return Cuts()
         rows, columns = np.divmod(np.asarray(keep), site.kernel[1])
         window = ((int(rows.min()), int(rows.max()) + 1), (int(columns.min()), int(columns.max()) + 1))
         if (window[0][1] - window[0][0]) * (window[1][1] - window[1][0]) != len(keep):

@@ -142,9 +142,9 @@ def traced(spec: str, weights: Path | None, size: int | None) -> "ModelGraph":
 def measure_all(graph: "ModelGraph", profile: "OperatorProfile") -> None:
     """Time, with a progress bar, whatever the tables of this graph will ask for and the cache does not hold."""
     from graphprune.cases import operators
-    from graphprune.registry import patterns
+    from graphprune.registry import chosen_patterns
 
-    wanted = operators(graph, list(patterns().values()), profile.block)
+    wanted = operators(graph, chosen_patterns(None, profile.engine), profile.block)
     with Bars() as bars:
         profile.fill(wanted, bars.stage("profile"))
 

@@ -39,6 +39,11 @@ class Engine(Protocol):
         """How many examples one timed run takes."""
         ...
 
+    @property
+    def sparse_kernels(self) -> bool:
+        """Whether it has kernels that skip the zeros of a weight with 2 in each 4 consecutive inputs zero (2:4)."""
+        ...
+
     def run(self, model: Model, inputs: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.generic]]:
         """The outputs of one run. Raises InputError if the model cannot be loaded, StepError if it cannot be run."""
         ...

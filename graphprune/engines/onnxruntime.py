@@ -54,6 +54,8 @@ class OnnxRuntimeEngine:
     """
 
     name: ClassVar[str] = "onnxruntime"
+    sparse_kernels: ClassVar[bool] = False
+    """It multiplies zeros like any other number (`benchmarks/operators.py`)."""
     threads: int = 1
     provider: str = "CPUExecutionProvider"
     optimisation: str = "all"

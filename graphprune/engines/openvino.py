@@ -46,6 +46,7 @@ class OpenVinoEngine:
     """
 
     name: ClassVar[str] = "openvino"
+    sparse_kernels: ClassVar[bool] = False
     threads: int = 1
     batch: int = 1
 

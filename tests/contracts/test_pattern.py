@@ -41,6 +41,8 @@ NAMES = (
     "attention_apart",
     "vit_tiny",
 )
+EXCLUSIVE = ("n-of-m",)
+"""Patterns whose units exclude each other, so that nobody can keep them all."""
 BLOCK = 4
 """The small networks have few channels: blocks of 4 leave them several levels."""
 
@@ -82,9 +84,8 @@ def kept(pattern: Pattern, site: Site, level: Level) -> tuple[int, ...]:
 
 
 def random_scores(pattern: Pattern, site: Site, seed: int) -> Scores:
-    """Distinct scores, of units or of the patches of each filter."""
-    patches = len(pattern.patches(site))
-    shape = (site.filters, patches) if patches else (site.size,)
+    """Distinct scores, of units, of the patches of each filter or of the weights."""
+    shape = pattern.scored(site)
     scores = np.random.default_rng(seed).permutation(np.prod(shape))
     return scores.reshape(shape).astype(np.float64)
 
@@ -124,7 +125,7 @@ def test_choose_takes_the_highest_scores_or_the_fixed_units(pattern: Pattern) ->
             chosen = pattern.choose(site, level, scores)
             assert len(chosen) == level.count
             if scores.ndim > 1:
-                continue  # a pattern that scores patches has a test of its own for what it chooses
+                continue  # a pattern that scores patches or weights has a test of its own for what it chooses
             highest = {unit for unit in range(site.size) if (scores > scores[unit]).sum() < level.count}
             assert list(chosen) == sorted(set(chosen))
             assert set(chosen) == (set(level.keep) if level.keep else highest)
@@ -133,7 +134,7 @@ def test_choose_takes_the_highest_scores_or_the_fixed_units(pattern: Pattern) ->
 def test_equal_scores_are_broken_in_order(pattern: Pattern) -> None:
     for _, site in places(pattern):
         for level in pattern.levels(site, BLOCK):
-            first = pattern.sample(site, level) if pattern.patches(site) else tuple(range(level.count))
+            first = pattern.sample(site, level) if len(pattern.scored(site)) > 1 else tuple(range(level.count))
             assert pattern.choose(site, level, 0 * random_scores(pattern, site, 0)) == (level.keep or first)
 
 
@@ -154,7 +155,8 @@ def test_the_layers_become_the_operators_that_were_timed(pattern: Pattern) -> No
         cuts = resolve(net.graph, plan)
         pruned = trace(operate(net.model, net.graph, plan).model, net.inputs)
         operators = [cuts.operator(layer) for layer in net.graph.layers]
-        assert sum(operator.flops for operator in operators) == pruned.flops < net.graph.flops
+        assert sum(operator.flops for operator in operators) == pruned.flops <= net.graph.flops
+        assert (pruned.flops == net.graph.flops) == bool(pattern.refusal(None)), "a mask cuts no FLOPs, all others do"
         assert sum(operator.parameters for operator in operators) == pruned.parameter_count
         changed = {layer.node for layer in net.graph.layers if cuts.operator(layer) != layer.operator}
         assert changed == set(site.layers)
@@ -196,6 +198,8 @@ def test_surgery_on_the_dense_onnx_graph_agrees(pattern: Pattern) -> None:
 
 def test_keeping_all_units_changes_nothing(pattern: Pattern) -> None:
     for net, site in places(pattern):
+        if pattern.name in EXCLUSIVE:
+            continue
         everything = tuple(range(pattern.units(site)))
         plan = net.plan(site, pattern, Level("all", len(everything)), everything)
         cuts = resolve(net.graph, plan)
@@ -209,7 +213,7 @@ def test_keeping_all_units_changes_nothing(pattern: Pattern) -> None:
 
 def profile(factor: int, cache: Path) -> Profile:
     """A profile of that engine; its block is `BLOCK`."""
-    made = Profile(Weighted(block=1, factor=factor), cache)
+    made = Profile(Weighted(block=1, factor=factor, sparse_kernels=True), cache)
     made.__dict__["block"] = BLOCK
     return made
 
@@ -246,8 +250,6 @@ def test_units_that_are_not_there_are_refused(pattern: Pattern) -> None:
 
 
 def test_unknown_pattern() -> None:
-    with pytest.raises(
-        InputError,
-        match="unknown pattern 'magic'; known are block, filter, groups, heads, hidden, kernel, kernel-mix, width",
-    ):
+    known = "block, filter, groups, heads, hidden, kernel, kernel-mix, n-of-m, width"
+    with pytest.raises(InputError, match=f"unknown pattern 'magic'; known are {known}"):
         pattern_called("magic")

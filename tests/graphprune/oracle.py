@@ -7,6 +7,7 @@ neither the surgery nor `Form.kept` is used: masks are outer products of boolean
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -259,14 +260,24 @@ def _weight_name(graph: ModelGraph, site: Site) -> str:
 
 
 def _kernel_masked(weight: torch.Tensor, site: Site, pattern: str, kept: tuple[int, ...]) -> torch.Tensor:
-    """`kept` are positions of the kernel; of a mix filter * positions + position, of groups filter * 4 + quarter."""
-    filters, channels = weight.shape[:2]
+    """`kept` are positions of the kernel; of a mix filter * positions + position, of groups filter * 4 + quarter; of
+    n-of-m chunk * 6^12 + 12 digits to the base 6, the number of a pair in each quadruple.
+    """
+    filters, channels, *taps = weight.shape
+    ones = [1] * len(taps)
+    if pattern == "n-of-m":
+        pairs = list(combinations(range(4), 2))
+        digits = [number // 6**digit % 6 for number in kept for digit in range(12)]
+        stay = {(n // (channels // 4), n % (channels // 4) * 4 + i) for n, d in enumerate(digits) for i in pairs[d]}
+        spots = [[(row, column) in stay for column in range(channels)] for row in range(filters)]
+        return weight * torch.tensor(spots).reshape(filters, channels, *ones)
     units = 4 if pattern == "groups" else site.size
     mask = torch.zeros(1 if pattern == "kernel" else filters, units, dtype=torch.bool)
     mask.reshape(-1)[list(kept)] = True
     if pattern == "groups":
-        return weight * mask[:, torch.arange(channels) * 4 // channels].reshape(filters, channels, 1, 1)
-    return weight * mask.reshape(-1, 1, *site.kernel)
+        read = mask[:, torch.arange(channels) * 4 // channels]
+        return weight * read.reshape(filters, channels, *ones)
+    return weight * mask.reshape(-1, 1, *taps)
 
 
 # --- random weights, random plans, the check ------------------------------------------------------------------------
@@ -321,6 +332,8 @@ def cuts_of(graph: ModelGraph, plan: Plan) -> Cuts:
             continue
         if site.kind != "kernel":
             keep[site.atom] = np.array(choice.keep)
+            continue
+        if site.kernel == (1, 1):  # which has no other window
             continue
         positions = [divmod(position, site.kernel[1]) for position in choice.keep]
         rows, columns = ([position[axis] for position in positions] for axis in (0, 1))

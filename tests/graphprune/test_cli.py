@@ -409,8 +409,10 @@ def test_trace_lists_groups_and_sites(weights):
     text = good("trace", VIT).out
     frozen = next(group for group in graph.all_groups if "output of the model" in " ".join(group.frozen))
     assert any(frozen.name in line and "no: " in line for line in text.splitlines())
+    masks = [site for site in graph.all_sites if site.kernel == (1, 1)]
     for site in graph.all_sites:
-        assert site.name[-30:] in text
+        assert (site.name[-30:] in text) is (site not in masks)
+    assert f"not shown: {len(masks)} layers for n-of-m" in text
 
 
 def test_trace_shows_gains_that_the_engine_would_measure(weights):
@@ -476,6 +478,12 @@ def test_patterns_that_are_unknown_or_none(photos, tmp_path, names):
     line = one_line(prune(photos, tmp_path, "--patterns", names))
     assert "known are" in line
     assert "filter" in line
+
+
+def test_a_mask_by_name_where_zeros_are_multiplied(photos, tmp_path):
+    line = one_line(prune(photos, tmp_path, "--patterns", "filter,n-of-m"))
+    assert line.startswith("the pattern 'n-of-m' cannot be used on fake")
+    assert line.endswith("masks gain nothing but on engines with 2:4 kernels")
 
 
 def prune(photos: Path, out: Path, *options: str | Path, spec: str = VIT, target: tuple[str, ...] = ()) -> Outcome:

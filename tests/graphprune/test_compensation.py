@@ -18,6 +18,8 @@ from graphprune.compensation import (
     rank_units,
     ridged,
     score_error,
+    solve_rows,
+    weight_scores,
 )
 
 Array = np.ndarray
@@ -295,3 +297,47 @@ def test_magnitude_is_the_share_of_squared_weights_over_all_parameters() -> None
     ]
     assert rank_by_magnitude(weights, 3) == pytest.approx(expected, rel=1e-12)
     assert rank_by_magnitude([(torch.zeros(3, 2), 0, torch.arange(3)[:, None])], 3).tolist() == [0, 0, 0]
+
+
+@pytest.mark.usefixtures("no_ridge")
+@pytest.mark.parametrize("free_mean", [False, True])
+def test_each_output_is_solved_on_its_own_features(free_mean: bool) -> None:
+    x, moments = problem(free_mean=free_mean)
+    kept = np.array([[0, 1, 6], [2, 3, 4], [0, 4, 7], [1, 2, 5], [0, 1, 6]])
+    mask = np.zeros((5, 8), dtype=bool)
+    np.put_along_axis(mask, kept, True, 1)
+    best = solve_rows(moments.matrix[0], (moments.weight @ moments.matrix)[0], mask).numpy()
+    lost = 0.0
+    for output, features in enumerate(kept):
+        alone = Moments(moments.second, moments.mean, moments.weight[:, [output]], free_mean)
+        expected, share = least_squares(x, alone, features.tolist())
+        np.testing.assert_allclose(best[output, features], expected[0, 0], rtol=1e-6)
+        lost += share * alone.energy
+    assert not best[~mask].any()
+    assert Loss(moments).masked(mask) == pytest.approx(lost / moments.energy)
+
+
+@pytest.mark.usefixtures("no_ridge")
+def test_the_score_of_a_weight_is_what_its_removal_alone_costs() -> None:
+    x, moments = problem()
+    scores = weight_scores(moments.weight[0], moments)
+    for output, feature in ((0, 0), (3, 5)):
+        alone = Moments(moments.second, moments.mean, moments.weight[:, [output]], False)
+        share = least_squares(x, alone, [kept for kept in range(8) if kept != feature])[1]
+        assert scores[output, feature] == pytest.approx(share * alone.energy)
+    np.testing.assert_array_equal(weight_scores(moments.weight[0], None), moments.weight[0].numpy() ** 2)
+
+
+def test_masked_rows_that_are_zero_or_many_are_solved_too() -> None:
+    """More features than it takes steps, and an output for which there is nothing to do."""
+    x = torch.from_numpy(inputs(400, 64))
+    matrix, target = x.T @ x / 400 + 0.1 * torch.eye(64), torch.randn(6, 64, dtype=torch.float64)
+    target[2] = 0
+    mask = np.tile(np.array([True, False, False, True]), (6, 16))
+    best = solve_rows(matrix, target, mask)
+    spots = torch.from_numpy(np.flatnonzero(mask[0]))
+    exact = torch.linalg.solve(matrix[spots][:, spots], target[:, spots].T).T
+    assert (best[:, spots] - exact).norm() < 1e-2 * exact.norm()
+    left = (best[:, spots] - exact) @ matrix[spots][:, spots]
+    assert (left * (best[:, spots] - exact)).sum() < 1e-5 * (exact * target[:, spots]).sum()
+    assert not best[2].any()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -50,6 +51,25 @@ def test_the_fake_engine_counts_multiply_adds(model: bytes, products: int) -> No
     expected = products * SECONDS_PER_PRODUCT + SECONDS_PER_NODE
     (timing,) = FakeEngine(block=16).measure([model], rounds=3)
     assert timing.samples == (expected,) * 3
+
+
+def test_a_fake_engine_with_sparse_kernels_halves_what_is_zero() -> None:
+    for operation, weight, axis, given in (
+        ("MatMul", (8, 3), 0, {}), ("Gemm", (8, 3), 0, {}), ("Gemm", (3, 8), 1, {"transB": 1}),
+        ("Conv", (3, 8, 1, 1), 1, {}),
+    ):  # fmt: skip
+        shape = [1, 8, 2, 2] if operation == "Conv" else [2, 8]
+        dense = one_node(operation, shape, weight, **given)
+        model = onnx.load_from_string(dense)
+        value = np.ones(weight, dtype=np.float32)
+        np.moveaxis(value, axis, -1)[..., [0, 3, 5, 6]] = 0
+        model.graph.initializer[0].CopyFrom(numpy_helper.from_array(value, "w"))
+        masked = model.SerializeToString()
+        plain, sparse = FakeEngine(), FakeEngine(sparse_kernels=True)
+        assert plain.seconds(masked) == plain.seconds(dense) == sparse.seconds(dense)
+        work = plain.seconds(dense) - SECONDS_PER_NODE
+        assert sparse.seconds(masked) == pytest.approx(work / 2 + SECONDS_PER_NODE)
+    assert plain.identity != sparse.identity
 
 
 def test_the_batch_stands_for_a_dynamic_first_axis_in_the_fake_engine_and_threads_share_the_work() -> None:

@@ -85,6 +85,23 @@ def test_what_gains_nothing_says_so(graph: ModelGraph, tmp_path: Path) -> None:
     assert all(cell.speedup == pytest.approx(1) or cell.speedup < 1 for cell in found)
 
 
+def test_masks_gain_nothing_where_zeros_are_multiplied(tmp_path: Path) -> None:
+    """They are timed for `graphprune profile`, which says so; with kernels for them they are offered."""
+    graph = trace(nn.Sequential(nn.Linear(768, 768), nn.ReLU(), nn.Linear(768, 10)), torch.zeros(2, 768))
+    for engine, gain, refused in ((FakeEngine(), 1.0, True), (FakeEngine(sparse_kernels=True), 1.6, False)):
+        profile = Profile(engine, tmp_path / "timings.jsonl")
+        found = [cell for cell in grid.cells({"": graph}, profile, list(patterns().values())) if cell.level == "2:4"]
+        assert (found[0].pattern, found[0].shape) == ("n-of-m", "linear 768→768 on 1 rows")
+        assert found[0].speedup == pytest.approx(gain, rel=0.2)
+        assert found[0].flops_share == 1
+        assert bool(found[0].reason) is refused
+        assert ("masks gain nothing but on engines with 2:4 kernels: 2:4 1.00x" in _words(grid.table(found))) is refused
+
+
+def _words(table: str) -> str:
+    return " ".join(table.split())
+
+
 def test_sites_of_one_shape_are_one_cell(profile: Profile) -> None:
     layers = [nn.Conv2d(32, 32, 3, padding=1) for _ in range(3)]
     graph = trace(nn.Sequential(*layers), torch.zeros(2, 32, 8, 8))

@@ -159,12 +159,21 @@ def test_sites_of_a_vision_transformer() -> None:
         for i in (0, 1)
         for name, value in (("attn.qkv/head-width", (64, 3)), ("attn/heads", (3, 64)), ("mlp.fc1/hidden", (768, 1)))
     }
+    linear = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    weights = {f"{name}/kernel": (1, 1) for name in (*linear, "head")}
     dropped = {f"blocks.{i}.{name}/block": (1, 1) for i in (0, 1) for name in ("attn", "mlp")}
-    assert sites == dropped | {"patch_embed.proj/kernel": (256, 1), "patch_embed.proj/width": (192, 1), **blocks}
-    assert [site.name for site in graph.all_sites][-5:] == [
+    patches = {"patch_embed.proj/kernel": (256, 1), "patch_embed.proj/width": (192, 1)}
+    assert sites == dropped | patches | blocks | weights
+    fc1 = graph.site["blocks.0.mlp.fc1/kernel"]
+    assert (fc1.kernel, fc1.filters, fc1.channels) == ((1, 1), 768, 192)
+    assert [site.name for site in graph.all_sites][-10:] == [
         "blocks.1.attn/block", "blocks.1.attn.qkv/head-width", "blocks.1.attn/heads",
-        "blocks.1.mlp/block", "blocks.1.mlp.fc1/hidden",
+        "blocks.1.attn.qkv/kernel", "blocks.1.attn.proj/kernel",
+        "blocks.1.mlp/block", "blocks.1.mlp.fc1/hidden", "blocks.1.mlp.fc1/kernel",
+        "blocks.1.mlp.fc2/kernel", "head/kernel",
     ]  # fmt: skip
+    free = {site.name for site in graph.all_sites if site.order >= 0}
+    assert free == {"blocks.0.mlp.fc1/kernel", "blocks.1.mlp.fc1/kernel"}
 
 
 class GatedConvolution(nn.Module):

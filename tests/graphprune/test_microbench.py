@@ -2,13 +2,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch.nn import functional
 
 from graphprune.engines.fake import SECONDS_PER_NODE, SECONDS_PER_PRODUCT, FakeEngine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
 from graphprune.microbench import PATTERN, microbench
-from graphprune.operators import Attention, Convolution, Linear, Operator
+from graphprune.operators import Attention, Convolution, Linear, Masked, Operator
 
 CENTRED = Convolution(1, 4, 6, 9, 8, (3, 3), padding=(1, 1, 1, 1))
 CONVOLUTIONS = [
@@ -22,7 +23,7 @@ CONVOLUTIONS = [
     Convolution(1, 4, 4, 9, 8, (5, 5), padding=(2, 2, 2, 2), groups=4),
     Convolution(1, 3, 5, 9, 8, (1, 1)),
 ]
-LINEARS = [Linear(5, 7, 3), Linear(5, 7, 3, "relu"), Linear(5, 7, 3, "gelu")]
+LINEARS = [Linear(5, 7, 3), Linear(5, 7, 3, "relu"), Linear(5, 7, 3, "gelu"), Linear(5, 8, 12, "gelu", groups=4)]
 ATTENTIONS = [Attention(1, 3, 5, 5, 4, 4), Attention(2, 2, 5, 7, 4, 6)]
 DEEP = [Convolution(1, 48, 20, 9, 8, (3, 3), padding=(1, 1, 1, 1)), Convolution(1, 48, 48, 9, 8, (3, 3), groups=48)]
 
@@ -41,8 +42,10 @@ def expected(operator: Operator, inputs: list[torch.Tensor]) -> torch.Tensor:
             padded, kernel, weight(operator.outputs), operator.stride, 0, operator.dilation, operator.groups
         )
     if isinstance(operator, Linear):
-        product = inputs[0] @ weight(operator.inputs, operator.outputs) + weight(operator.outputs)
-        return {"": lambda x: x, "relu": functional.relu, "gelu": functional.gelu}[operator.activation](product)
+        shape = (operator.inputs // operator.groups, operator.outputs // operator.groups)
+        products = [part @ weight(*shape) for part in inputs[0].chunk(operator.groups, -1)]
+        result = torch.cat(products, -1) + weight(operator.outputs)
+        return {"": lambda x: x, "relu": functional.relu, "gelu": functional.gelu}[operator.activation](result)
     heads = [x.unflatten(2, (operator.heads, -1)).transpose(1, 2) for x in inputs]
     return functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
@@ -84,6 +87,7 @@ def test_the_nodes_of_the_difference_are_those_of_the_operator() -> None:
     assert extra(CENTRED) == {"Conv": 1, "Add": 1}
     assert extra(CENTRED.window((0, 3), (0, 1))) == {"Conv": 1, "Add": 1, "Slice": 1}
     assert extra(Linear(5, 7, 3)) == {"MatMul": 1, "Add": 1}
+    assert extra(Linear(5, 8, 4, groups=2)) == {"Split": 1, "MatMul": 2, "Concat": 1, "Add": 1}
     assert extra(Attention(1, 3, 5, 5, 4, 4)) == {"Transpose": 4, "Reshape": 4, "Mul": 2, "MatMul": 2, "Softmax": 1}
 
 
@@ -102,3 +106,25 @@ def test_models_stay_small_where_weights_are_large() -> None:
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(InputError, match="unknown activation 'swish'; known: relu, gelu"):
         microbench(Linear(1, 2, 3, "swish"))
+
+
+@pytest.mark.parametrize(
+    ("dense", "axis"), [(Linear(5, 8, 3), 0), (Convolution(1, 8, 6, 9, 8, (1, 1)), 1)], ids=["linear", "convolution"]
+)
+def test_a_masked_operator_is_the_dense_one_with_two_zeros_in_four(dense: Linear | Convolution, axis: int) -> None:
+    benches = [microbench(operator) for operator in (dense, Masked(dense))]
+    assert benches[0].copies == benches[1].copies
+    graphs = [onnx.load_from_string(bench.model).graph for bench in benches]
+    assert graphs[0].node == graphs[1].node
+    operation = "MatMul" if isinstance(dense, Linear) else "Conv"
+    names = {node.input[1] for node in graphs[0].node if node.op_type == operation}
+    whole, halved = ({entry.name: numpy_helper.to_array(entry) for entry in graph.initializer} for graph in graphs)
+    masked = {name for name in names if whole[name].shape[axis] == 8}
+    assert masked
+    for name in whole:
+        kept = halved[name] != 0
+        assert (halved[name] == whole[name] * kept).all()
+        if name in masked:
+            assert (np.moveaxis(kept, axis, -1).reshape(-1, 4).sum(1) == 2).all()
+        else:
+            assert kept.all()

@@ -152,6 +152,21 @@ def test_reasons_for_an_empty_site(vit: ModelGraph, graph: ModelGraph, profile: 
     assert line(str(single.sites(profile)), "0/channels").endswith("too small for a level (blocks of 16)")
 
 
+def test_masks_are_told_in_one_line_where_they_gain_nothing(vit: ModelGraph, tmp_path: Path) -> None:
+    linear = {site.name for site in vit.all_sites if site.kernel == (1, 1)} - {"blocks.0.mlp.fc1/kernel"}
+    profile = Profile(FakeEngine(), cache=tmp_path / "timings.jsonl")
+    for table in (vit.sites(), vit.sites(profile)):
+        told = [text for text in str(table).splitlines() if "n-of-m" in text]
+        assert told == [
+            f"not shown: {len(linear)} layers for n-of-m: masks gain nothing but on engines with 2:4 kernels"
+        ]
+        assert not linear & {text.split()[0] for text in str(table).splitlines()}
+        assert [row.levels for row in table if row.name in linear] == [()] * len(linear)
+        assert line(str(table), "blocks.0.mlp.fc1/kernel", "kernel", "1", "groups")
+    sparse = Profile(FakeEngine(sparse_kernels=True), cache=tmp_path / "timings.jsonl")
+    assert line(str(vit.sites(sparse)), "head/kernel").endswith("nothing gains beyond noise")
+
+
 def test_printed_levels(graph: ModelGraph, profile: Profile) -> None:
     assert line(str(graph.sites()), "inner/channels").endswith("48 of 64, 32 of 64, 16 of 64")
     kernel, mixed = (row for row in str(graph.sites()).splitlines() if row.startswith("inner/kernel"))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from graphprune.calibration import Statistics
 from graphprune.candidates import Candidates
+from graphprune.engines.base import Engine
 from graphprune.engines.fake import FakeEngine
 from graphprune.graph import ModelGraph
 from graphprune.operators import Operator
@@ -97,6 +98,7 @@ class LinearProfile:
     """A profile whose times are proportional to FLOPs; it counts what it was asked to measure."""
 
     block: int = 16
+    engine: Engine = field(default_factory=FakeEngine)
     filled: set[Operator] = field(default_factory=set)
     failing: Callable[[Operator], bool] = lambda _: False
 

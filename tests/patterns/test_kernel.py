@@ -85,7 +85,10 @@ def test_every_rectangle_becomes_its_window() -> None:
     for top, left in product(range(3), range(5)):
         for bottom, right in product(range(top + 1, 4), range(left + 1, 6)):
             keep = tuple(row * 5 + column for row in range(top, bottom) for column in range(left, right))
-            assert Kernel().rewrite(site(3, 5), keep).windows == {"conv": ((top, bottom), (left, right))}
+            whole = len(keep) == 15
+            assert Kernel().rewrite(site(3, 5), keep).windows == (
+                {} if whole else {"conv": ((top, bottom), (left, right))}
+            )
 
 
 GRID = list(product([(3, 3), (5, 5)], [1, 2], [1, 2], [0, 1, "same size"], [(1, 1), (4, 1), (9, 8), (8, 11)]))

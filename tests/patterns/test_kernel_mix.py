@@ -21,7 +21,8 @@ from graphprune.pattern import Level
 from graphprune.patterns.kernel_mix import KernelMix
 from graphprune.plan import Choice, Plan
 from graphprune.repair import make_reference, repair
-from graphprune.surgery import operate
+from graphprune.routes import Route
+from graphprune.surgery import cut_along, operate
 from graphprune.tracing import trace
 from graphprune.window import MixedConv2d
 from tests.graphprune.networks import conv_bn
@@ -69,6 +70,16 @@ def mixed_plan(graph: ModelGraph, *others: Choice, level_name: str = "3x1 1x3") 
     inner = graph.site["inner/kernel"]
     keep = MIX.choose(inner, level(inner, level_name), np.random.default_rng(3).normal(size=(16, 11)))
     return Plan(graph.signature, (Choice(inner.name, "kernel-mix", level_name, keep), *others), graph.inputs)
+
+
+def test_a_mixed_convolution_in_an_exported_graph_keeps_its_batch_norm() -> None:
+    model, graph, x = block()
+    given = mixed_plan(graph)
+    graphed = cut_along(model, graph, resolve(graph, given), Route(own_class=False))
+    own = operate(model, graph, given).model
+    assert relative_error(outputs_of(graphed, (x,)), outputs_of(own, (x,))) < 1e-10
+    with torch.no_grad():
+        assert relative_error([graphed.train()(x)], [own.train()(x)]) < 1e-10
 
 
 def test_levels_share_the_filters_in_whole_blocks() -> None:
