@@ -169,7 +169,9 @@ class SiteTable(Sequence[SiteRow]):
         if any(not pattern.refusal(self._engine) for pattern in self._possible(row)):
             return "nothing gains beyond noise"
         rows, columns = site.kernel
-        return f"no level for {rows}x{columns}" if site.atom < 0 else f"too small for a level (blocks of {block})"
+        if max(site.kernel) > 1:
+            return f"no level for {rows}x{columns}"
+        return f"too small for a level (blocks of {block})"
 
     def _cases(self) -> dict[str, list[Case]]:
         """What the table shows, by site."""

@@ -234,3 +234,5 @@ def test_lines_break_between_levels_only(graph: ModelGraph, profile: Profile) ->
 def test_a_kernel_without_levels_is_not_called_too_small() -> None:
     patches = trace(nn.Sequential(nn.Conv2d(3, 32, 4, stride=4)), torch.zeros(2, 3, 16, 16))
     assert line(str(patches.sites()), "0/kernel").endswith("no level for 4x4")
+    linear = trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(2, 6))
+    assert line(str(linear.sites()), "0/kernel").endswith("too small for a level (blocks of 16)")
