@@ -121,10 +121,7 @@ class Search:
         self.rewards: dict[Choices, float] = {}
         self.per_round = max(4, problem.trials // ROUNDS)
         self._sizes = np.array([len(decision.options) for decision in problem.decisions])
-        count = len(problem.decisions)
-        self._tied = np.eye(count, dtype=np.bool_)
-        for number, decision in enumerate(problem.decisions):
-            self._tied[list(decision.gone_with), number] = True
+        self._tied = problem.inside | np.eye(len(problem.decisions), dtype=np.bool_)
         self.episodes = Episodes(self.observer, EPISODES, self.judge)
         with reproducible(rng):
             self.ppo = MaskablePPO(

@@ -29,7 +29,7 @@ Situations = dict[str, NDArray[np.float32] | NDArray[np.int64]]
 
 
 class Lookup:
-    """A sum as one flat table, in which all cuts of many choice vectors are looked up at once.
+    """A sum in which all cuts of many choice vectors are looked up at once.
 
     `Sum.sweep` changes one site at a time; an episode needs all sites at every step. An *entry* is a cut and a factor
     that it changes; entries are in the order of the cuts.
@@ -37,39 +37,28 @@ class Lookup:
 
     def __init__(self, total: Sum, sites: Vectors, options: Vectors, count: int) -> None:
         """For cuts that set `sites` [P] to `options` [P], in choice vectors of `count` sites."""
-        tables = [factor.table for factor in total.factors]
-        self._constant = total.constant
-        self._flat = np.concatenate([np.zeros(0), *(table.ravel() for table in tables)])
-        self._offsets = np.cumsum([0, *(table.size for table in tables)])[:-1]
-        self._strides = np.zeros((count, len(tables)), dtype=np.int64)
+        self.total = total
+        strides = np.zeros((count, len(total.factors)), dtype=np.int64)
         for number, factor in enumerate(total.factors):
             sizes = np.array([1, *factor.table.shape[:0:-1]])
-            self._strides[list(factor.sites), number] = np.cumprod(sizes)[: len(factor.sites)][::-1]
-        self._cut, self._factor = np.nonzero(self._strides[sites])
+            strides[list(factor.sites), number] = np.cumprod(sizes)[: len(factor.sites)][::-1]
+        self._cut, self._factor = np.nonzero(strides[sites])
         self._site, self._option = sites[self._cut], options[self._cut]
-        self._stride = self._strides[self._site, self._factor]
+        self._stride = strides[self._site, self._factor]
         self._changed, self._first = np.unique(self._cut, return_index=True)
         self._cuts = len(sites)
 
-    def now(self, choices: Vectors) -> Floats:
-        """The sum of choice vectors [N, sites]: [N]."""
-        return np.asarray(self._constant + self._flat[self._places(choices)].sum(axis=1))
-
     def after(self, choices: Vectors) -> Floats:
         """The sum after each cut of choice vectors [N, sites]: [N, P]; NaN where it is infinite before."""
-        places = self._places(choices)
-        before = self._flat[places]
+        places = self.total.places(choices)
+        before = self.total.flat[places]
         moved = places[:, self._factor] + (self._option - choices[:, self._site]) * self._stride
-        values = np.repeat(self._constant + before.sum(axis=1)[:, None], self._cuts, axis=1)
+        values = np.repeat(self.total.constant + before.sum(axis=1)[:, None], self._cuts, axis=1)
         with np.errstate(invalid="ignore"):
-            changes = self._flat[moved] - before[:, self._factor]
+            changes = self.total.flat[moved] - before[:, self._factor]
             if len(self._changed):
                 values[:, self._changed] += np.add.reduceat(changes, self._first, axis=1)
         return values
-
-    def _places(self, choices: Vectors) -> Vectors:
-        """Where each factor of choice vectors [N, sites] is in the flat table: [N, factors]."""
-        return np.asarray(self._offsets + choices @ self._strides)
 
 
 class Cuts:
@@ -91,9 +80,6 @@ class Cuts:
         ends = np.cumsum(self.counts)
         self._costs = [(self._lookup(problem.costs[name]), limit) for name, limit in problem.limits.items()]
         self.describe_by(error)
-        self._inside = np.zeros((len(self.counts),) * 2, dtype=np.bool_)  # [branch, site inside]
-        for site, decision in enumerate(problem.decisions):
-            self._inside[list(decision.gone_with), site] = True
         self._completions = np.array(problem.completions, dtype=np.int64)
         dense = np.array([problem.dense], dtype=np.int64)
         useful = self.open(dense, self.overruns(dense))[0]
@@ -112,13 +98,9 @@ class Cuts:
         """The overrun after each cut of choice vectors [N, sites]: [N, P]."""
         return np.asarray(np.max([cost.after(choices) / limit for cost, limit in self._costs], axis=0))
 
-    def now(self, choices: Vectors) -> Floats:
-        """The overrun of choice vectors [N, sites]: [N], as `Problem.overruns`."""
-        return np.asarray(np.max([cost.now(choices) / limit for cost, limit in self._costs], axis=0))
-
     def errors(self, choices: Vectors) -> Floats:
         """The error that each cut of choice vectors [N, sites] adds: [N, P]."""
-        return self._error.after(choices) - self._error.now(choices)[:, None]
+        return self._error.after(choices) - self.error.batch(choices)[:, None]
 
     def completed(self, choices: Vectors) -> Vectors:
         """Choice vectors [N, sites] with what is dense as in each completion: [completions, N, sites]."""
@@ -126,15 +108,15 @@ class Cuts:
 
     def floors(self, choices: Vectors) -> Floats:
         """The least overrun that completing choice vectors [N, sites] leads to: [N]."""
-        return np.asarray(np.min([self.now(completed) for completed in self.completed(choices)], axis=0))
+        return np.asarray(np.min([self.problem.overruns(completed) for completed in self.completed(choices)], axis=0))
 
     def finished(self, choices: Vectors) -> NDArray[np.bool_]:
         """Which choice vectors [N, sites] meet the target, by prediction: [N]."""
-        return np.asarray(self.now(choices) <= 1 + ROUNDING)
+        return np.asarray(self.problem.overruns(choices) <= 1 + ROUNDING)
 
     def open(self, choices: Vectors, overruns: Floats) -> NDArray[np.bool_]:
         """Which cuts are open [N, P], given the overruns after them [N, P]."""
-        lowers = overruns < self.now(choices)[:, None] * (1 - ROUNDING)
+        lowers = overruns < self.problem.overruns(choices)[:, None] * (1 - ROUNDING)
         opened: NDArray[np.bool_] = np.zeros(overruns.shape, dtype=np.bool_)
         for completed in self.completed(choices):
             completes = (choices == 0)[:, self.sites] & (completed[:, self.sites] == self.options)
@@ -143,7 +125,7 @@ class Cuts:
 
     def _gone(self, choices: Vectors) -> NDArray[np.bool_]:
         """At which sites there is nothing left to decide: [N, sites]."""
-        return np.asarray((choices > 0) @ self._inside)
+        return np.asarray((choices > 0) @ self.problem.inside)
 
     def take(self, choices: Vectors, cuts: Vectors) -> Vectors:
         """Choice vectors [N, sites] after one cut each [N]."""
@@ -166,7 +148,7 @@ class Cuts:
         rank = rng.permutation(len(drawn))
         walk = np.where(rank[None, :] < np.arange(len(drawn) + 1)[:, None], drawn, 0)
         walk[self._gone(walk)] = 0
-        overruns = self.now(walk)
+        overruns = self.problem.overruns(walk)
         shares = (overruns[0] - overruns) / (overruns[0] - 1)
         fit = (shares <= PRE_PRUNED) & (self.floors(walk) <= 1 + ROUNDING)
         return walk[[np.where(fit, np.abs(shares - share), np.inf).argmin()]]
@@ -180,7 +162,7 @@ class Observer:
 
     def __init__(self, cuts: Cuts) -> None:
         self.cuts = cuts
-        self._dense = float(cuts.now(np.array([cuts.problem.dense], dtype=np.int64))[0])
+        self._dense = float(cuts.problem.overruns(np.array([cuts.problem.dense], dtype=np.int64))[0])
 
     @property
     def space(self) -> spaces.Dict:
@@ -209,7 +191,7 @@ class Observer:
 
     def describe(self, choices: Vectors, cuts: Vectors, overruns: Floats) -> Situations:
         """Situations of choice vectors [N, sites] with given cuts [N, K], given the overruns after every cut [N, P]."""
-        now, floor = np.minimum(self.cuts.now(choices), NEVER), self.cuts.floors(choices)
+        now, floor = np.minimum(self.cuts.problem.overruns(choices), NEVER), self.cuts.floors(choices)
         gap = np.maximum(now - 1, 1e-9)
         situation = np.stack(
             [gap / self._dense, np.log(gap / self._dense + 1e-3), now - floor, gap / np.maximum(now - floor, 1e-9)], 1

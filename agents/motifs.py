@@ -58,15 +58,13 @@ def site_features(problem: Problem) -> list[NDArray[np.float32]]:
     The kept share, the number of units (log2 / 8), the cost saved and the error caused (as multiples of what a site's
     cheapest plan saves and errs on average), and the largest saving and error of the site's options.
     """
-    dense = np.array([problem.dense], dtype=np.int64)
     count = len(problem.decisions)
     error = max(abs(problem.error(problem.cheapest) - problem.error(problem.dense)), 1e-9) / count
     cost = max(problem.overrun(problem.dense) - problem.overrun(problem.cheapest), 1e-9) / count
     tables = []
     for site, decision in enumerate(problem.decisions):
-        costs = problem.sweep_overruns(dense, site)[0]
+        costs, errors = problem.alone(site)
         costs = np.where(np.isfinite(costs), costs, costs[0])
-        errors = problem.error.sweep(dense, site, len(costs))[0]
         share = np.array([option.kept_share for option in decision.options])
         units = np.log2(np.maximum(share * len(decision.importance), 1)) / 8
         saved, caused = (costs[0] - costs) / cost, (errors - errors[0]) / error

@@ -123,9 +123,7 @@ class Units:
         decision, problem = self.problem.decisions[site], self.problem
         lost = losses(decision)
         weights = lost / np.maximum(lost.sum(axis=0), 1e-12)
-        dense = np.array([problem.dense], dtype=np.int64)
-        errors = problem.error.sweep(dense, site, len(decision.options))[0]
-        overruns = problem.sweep_overruns(dense, site)[0]
+        overruns, errors = problem.alone(site)
         overruns = np.where(np.isfinite(overruns), overruns, overruns[0])
         scale = len(self._sizes) / max(abs(problem.error(problem.cheapest) - problem.error(problem.dense)), 1e-9)
         error = np.log(np.maximum((errors - errors[0]) @ weights * scale, 0) + 1e-3)

@@ -36,9 +36,7 @@ def nearest(problem: Problem, site: int, option: int, legal: Sequence[int]) -> i
     """The legal option of a site that costs most nearly what `option` costs, the other sites dense; least error first
     among equals.
     """
-    dense = np.array([problem.dense], dtype=np.int64)
-    costs = problem.sweep_overruns(dense, site)[0]
-    errors = problem.error.sweep(dense, site, len(costs))[0]
+    costs, errors = problem.alone(site)
     return min(legal, key=lambda other: (abs(costs[other] - costs[option]), errors[other]))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from graphprune.exported import plain_module
 from graphprune.graph import Layer, ModelGraph
-from graphprune.operators import Convolution, Linear, Operator
+from graphprune.operators import Convolution, Linear, Operator, Weighted
 from graphprune.tracing import attended, operator_name
 
 ROWS_PER_FEATURE = 32
@@ -151,8 +151,8 @@ class _Sums:
 
     @classmethod
     def empty(cls, layer: Layer) -> "_Sums":
-        groups = layer.operator.groups if isinstance(layer.operator, Convolution) else 1
-        features = features_of(layer)
+        assert isinstance(layer.operator, Weighted)
+        groups, features = layer.operator.groups, features_of(layer)
         second, first = (torch.zeros(groups, rows, features, dtype=torch.float64) for rows in (features, 1))
         return cls(second, first, torch.zeros_like(first))
 

@@ -95,20 +95,28 @@ class Sum:
 
     def parts(self, choices: NDArray[np.int64]) -> Floats:
         """Each factor's term in many choice vectors [N, sites]: [N, factors]."""
-        values, sites, strides, first = self._flat
-        return np.asarray(values[first + (choices[:, sites] * strides).sum(axis=2)])
+        return np.asarray(self.flat[self.places(choices)])
 
     @cached_property
-    def _flat(self) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """All tables in a row; sites and strides of each factor [factors, most sites], and where its table begins."""
+    def flat(self) -> Floats:
+        """All tables in a row."""
+        return np.concatenate([np.zeros(0), *(factor.table.reshape(-1) for factor in self.factors)])
+
+    def places(self, choices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in `flat` each factor's term in many choice vectors [N, sites] is: [N, factors]."""
+        sites, strides, first = self._layout
+        return np.asarray(first + (choices[:, sites] * strides).sum(axis=2))
+
+    @cached_property
+    def _layout(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The sites and strides of each factor [factors, most sites], and where its table begins."""
         shape = len(self.factors), max((len(factor.sites) for factor in self.factors), default=0)
         sites, strides = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         for number, factor in enumerate(self.factors):
             sites[number, : len(factor.sites)] = factor.sites
             strides[number, : len(factor.sites)] = np.cumprod((1, *factor.table.shape[:0:-1]))[::-1]
         sizes = np.array([factor.table.size for factor in self.factors], dtype=np.int64)
-        values = [np.zeros(0), *(factor.table.reshape(-1) for factor in self.factors)]
-        return np.concatenate(values), sites, strides, np.cumsum(sizes) - sizes
+        return sites, strides, np.cumsum(sizes) - sizes
 
     @cached_property
     def _reading(self) -> dict[int, list[int]]:
@@ -158,6 +166,14 @@ class Problem:
     def dense(self) -> Choices:
         """The choice vector that cuts nothing."""
         return (0,) * len(self.decisions)
+
+    @cached_property
+    def inside(self) -> NDArray[np.bool_]:
+        """Inside which branch [sites] is which site [sites], decided with the branch where that is gone."""
+        found = np.zeros((len(self.decisions),) * 2, dtype=np.bool_)
+        for site, decision in enumerate(self.decisions):
+            found[list(decision.gone_with), site] = True
+        return found
 
     @property
     def remaining(self) -> int:

@@ -4,9 +4,11 @@ import copy
 import signal
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -339,6 +341,11 @@ class _Walk:
             groups, _convolution(call, shape), self._standard(node, weight),  # type: ignore[arg-type]
         )  # fmt: skip
 
+    @cached_property
+    def _holders(self) -> Counter[int]:
+        """How many nodes hold the same axes, by their id: several where a parameter is tied."""
+        return Counter(map(id, self.known.values()))
+
     def _standard(self, node: fx.Node, weight: fx.Node) -> bool:
         """A plain Conv2d or Linear called once, whose weight is its own, so that another may take its place."""
         path = owner_path(node)
@@ -346,7 +353,7 @@ class _Walk:
         forward, padding = type(owner).forward, self.calls[node.name].arguments.get("padding")
         plain = forward in (nn.Conv2d.forward, nn.Linear.forward) and not getattr(owner, "_forward_hooks", None)
         zeros = getattr(owner, "padding_mode", "zeros") == "zeros" and not isinstance(padding, str)
-        alone = len(weight.users) == 1 and sum(axes is self.known[weight] for axes in self.known.values()) == 1
+        alone = len(weight.users) == 1 and self._holders[id(self.known[weight])] == 1
         return plain and zeros and alone and self.names.get(weight.name) == f"{path}.weight"
 
 
