@@ -8,39 +8,50 @@ correction, and a plan that two of them find is judged once. What counts is the 
 far that meets the target (by prediction and, where it was measured, by measurement); the last column is the latency of
 the plan that each search returned, measured in a process of its own. No test set is read, nothing is fine-tuned.
 `autosculpt:scratch` starts without the pretrained policy; so do its ablations, each without one thing that it sees:
-`autosculpt:random-nodes`, `autosculpt:no-patterns`, `autosculpt:no-gnn`, `autosculpt:no-errors`.
+`autosculpt:random-nodes`, `autosculpt:no-patterns`, `autosculpt:no-gnn`, `autosculpt:no-errors`. `amc:transfer`,
+`amc:augment` and `amc:assistant` are `amc` with one boost from history, `amc:transfer+augment` with two, `amc:boosted`
+with all: they have read the study of an earlier run of `amc` on the other model (`EARLIER`), which is made where it is
+missing. A second table says after how many trials their mean reaches what `amc` ends with, and how many times sooner
+that is than `amc` itself.
 
-Resumable: a finished search is a line in WORK/convergence.jsonl, a killed one goes on from its study. Writes
-`results/convergence-<engine>-1t-<processor>.json` (every trial) and `.png`.
+Resumable: a finished search is a line in WORK/convergence.jsonl, a killed one goes on from its study. Several runs may
+share WORK, if each has models of its own. Writes all that is there, every trial, to
+`results/convergence-<engine>-1t-<processor>.json` and `.png`.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import matplotlib
 import numpy as np
 from common import result_file, result_stem
+from equal_latency import Rows
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+from numpy.typing import NDArray
 
 import graphprune as gp
 from graphprune import models
 from graphprune.agents import create
+from graphprune.agents.amc import Amc
 from graphprune.agents.autosculpt import AutoSculpt
 from graphprune.agents.base import Agent
 from graphprune.agents.encoder import Sight
 from graphprune.machine import environment
+from graphprune.past import History
 from graphprune.record import Record
 
 LATENCY = 0.5
 MARKS = (10, 25, 50, 100, 200)
 """Numbers of trials in the table."""
-COLOURS = {"autosculpt": "#0072b2", "dp": "#d55e00", "random": "#777777", "uniform": "#009e73", "magnitude": "#cc79a7"}
-VARIANTS: dict[str, dict[str, Any]] = {
+SIGHTS: dict[str, dict[str, Any]] = {
     "autosculpt:scratch": {"policy": None},
     "autosculpt:random-nodes": {"policy": None, "sight": Sight(nodes=False)},
     "autosculpt:no-patterns": {"policy": None, "sight": Sight(patterns=False)},
@@ -48,6 +59,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "autosculpt:no-errors": {"policy": None, "sight": Sight(errors=False)},
 }
 """Settings of the main agent, by the name that goes into tables and studies."""
+BOOSTS: dict[str, dict[str, bool]] = {
+    "amc:transfer": {"transfer": True},
+    "amc:augment": {"augment": True},
+    "amc:transfer+augment": {"transfer": True, "augment": True},
+    "amc:assistant": {"assistant": True},
+    "amc:boosted": {"transfer": True, "augment": True, "assistant": True},
+}
+"""What `amc` takes from history, likewise."""
+EARLIER = {"resnet20": "resnet56", "resnet56": "resnet20"}
+"""Model -> the one whose search is its history."""
+EARLIER_SEED = 1000
+SCRATCH = "amc"
+FAMILIES: dict[str, Callable[[str], bool]] = {
+    "all agents": lambda agent: ":" not in agent,
+    "what autosculpt sees": lambda agent: agent.startswith("autosculpt"),
+    "what amc takes from history": lambda agent: agent.startswith(SCRATCH),
+}
+"""Rows of panels -> which agents are in them."""
 Line = dict[str, Any]
 """One search: model, agent, seed, trials, `accuracy` of each trial (None where it missed the target or failed), ..."""
 
@@ -66,24 +95,42 @@ def arguments() -> argparse.Namespace:
     return made.parse_args()
 
 
-def agent_named(name: str) -> Agent:
-    """A new agent, or a variant of the main one."""
-    if name not in VARIANTS:
+def agent_named(name: str, model: str, options: argparse.Namespace) -> Agent:
+    """A new agent, or a variant of one."""
+    if name in SIGHTS:
+        agent: Agent = AutoSculpt(**SIGHTS[name])
+    elif name in BOOSTS:
+        boosts = BOOSTS[name]
+        reads = boosts.get("transfer") or boosts.get("augment")
+        agent = Amc(History(earlier(EARLIER[model], options) if reads else None, **boosts))
+    else:
         return create(name)
-    variant = AutoSculpt(**VARIANTS[name])
-    variant.name = name
-    return variant
+    agent.name = name
+    return agent
 
 
-def search(model: str, agent: str, seed: int, options: argparse.Namespace) -> Line:
+def earlier(model: str, options: argparse.Namespace) -> Path:
+    """The study of a finished search by `amc` from scratch, made now if it is missing."""
+    study: Path = options.work / f"earlier-{model}.db"
+    finished = study.with_suffix(".done")
+    if not finished.exists():
+        sought(model, create(SCRATCH), EARLIER_SEED, options, study)
+        finished.touch()
+    return study
+
+
+def sought(model: str, agent: Agent, seed: int, options: argparse.Namespace, study: Path) -> gp.Result:
     """One search, from its study where it was begun before."""
     task = gp.Task.load(f"cifar10:{options.data}", batch_size=128, validation=options.images)
     dense = models.create(f"cifar:{model}", options.weights / f"cifar10_{model}.safetensors")
+    return gp.search(dense, task, gp.Target(latency=LATENCY), agent, options.trials, seed, study=study)
+
+
+def search(model: str, agent: str, seed: int, options: argparse.Namespace) -> Line:
+    """One search, and what is published of it."""
+    made = agent_named(agent, model, options)
     start = time.perf_counter()
-    found = gp.search(
-        dense, task, gp.Target(latency=LATENCY), agent_named(agent), options.trials, seed,
-        study=options.work / f"{model}.db",
-    )  # fmt: skip
+    found = sought(model, made, seed, options, options.work / f"{model}.db")
     measured = found.record.measured
     assert measured is not None
     return {
@@ -123,50 +170,89 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join(text)
 
 
+def sooner(lines: Sequence[Line]) -> str:
+    """After how many trials the boosted variants reach, on average over seeds, what `amc` ends with."""
+    text = []
+    for model in dict.fromkeys(line["model"] for line in lines):
+        means = {
+            agent: np.mean([curve(x) for x in lines if (x["model"], x["agent"]) == (model, agent)], axis=0)
+            for agent in (SCRATCH, *BOOSTS)
+            if any((line["model"], line["agent"]) == (model, agent) for line in lines)
+        }
+        if SCRATCH not in means:
+            continue
+        goal = means[SCRATCH][-1]
+        own = reached(means[SCRATCH], goal)
+        for agent, mean_curve in means.items():
+            at = reached(mean_curve, goal)
+            found = "never" if at is None else f"after {at:3} trials, {own / at:.2f} times as fast"  # type: ignore[operator]
+            text.append(f"{model:10} {agent:24} {goal:.1%} {found}")
+    return "\n".join(text)
+
+
+def reached(values: Sequence[float], goal: float) -> int | None:
+    """The first trial, from 1, at which a curve is no lower than a goal."""
+    return next((trial for trial, value in enumerate(values, 1) if value >= goal), None)
+
+
 def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
-    """A panel for each model: the mean over seeds of the best accuracy so far, and the range."""
-    names = list(dict.fromkeys(line["model"] for line in lines))
-    figure = Figure(figsize=(5.6 * len(names), 4.2), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        lowest = []
-        for agent in dict.fromkeys(line["agent"] for line in lines):
-            curves = 100 * np.array([curve(x) for x in lines if (x["model"], x["agent"]) == (model, agent)])
-            if not len(curves):
-                continue
-            trials = np.arange(1, curves.shape[1] + 1)
-            axes.plot(trials, curves.mean(0), color=COLOURS.get(agent), label=f"{agent} ({len(curves)} seeds)")
-            axes.fill_between(trials, curves.min(0), curves.max(0), color=COLOURS.get(agent), alpha=0.18, linewidth=0)
-            lowest.append(np.nanmin(curves[:, min(5, curves.shape[1] - 1)]))
-        axes.set(title=model, xlabel="evaluated plans", ylabel="validation top-1 of the best plan so far, %")
-        axes.set_ylim(bottom=min(lowest) - 1)
-        axes.legend(frameon=False, loc="lower right")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"without fine-tuning, at {LATENCY:.0%} of the dense latency", fontsize=10)
-    figure.savefig(path, dpi=130)
+    """A column for each model, a row for each of `FAMILIES`: the mean over seeds of the best accuracy so far, and the
+    range.
+    """
+    models = list(dict.fromkeys(line["model"] for line in lines))
+    agents = list(dict.fromkeys(line["agent"] for line in lines))
+    shown = {title: own for title, belongs in FAMILIES.items() if len(own := list(filter(belongs, agents))) > 1}
+    figure = Figure(figsize=(6.4 * len(models), 4.6 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), len(models), squeeze=False)
+    for (row, (title, own)), (column, model) in product(enumerate(shown.items()), enumerate(models)):
+        curves = {
+            agent: 100 * np.array([curve(x) for x in lines if (x["model"], x["agent"]) == (model, agent)])
+            for agent in own
+        }
+        panel(panels[row, column], {agent: found for agent, found in curves.items() if len(found)})
+        panels[row, column].set_title(f"{model}: {title}", fontsize=11)
+    figure.suptitle(f"without fine-tuning, at {LATENCY:.0%} of the dense latency; mean and range of seeds", fontsize=11)
+    figure.savefig(path, dpi=110)
+
+
+def panel(axes: Axes, curves: dict[str, NDArray[np.float64]]) -> None:
+    """The curves [seeds, trials] of some agents, the best named first."""
+    best = sorted(curves, key=lambda agent: -curves[agent][:, -1].mean())
+    for number, agent in enumerate(best):
+        found, colour = curves[agent], matplotlib.colormaps["tab20"](number % 20)
+        trials = np.arange(1, found.shape[1] + 1)
+        seeds = "" if len(found) == 1 else f", {len(found)} seeds"
+        label = f"{agent} {found[:, -1].mean():.1f}{seeds}"
+        axes.plot(trials, found.mean(0), color=colour, linewidth=2 if number < 3 else 1.2, label=label)
+        axes.fill_between(trials, found.min(0), found.max(0), color=colour, alpha=0.12, linewidth=0)
+    top = max(float(found[:, -1].max()) for found in curves.values())
+    axes.set(xlabel="evaluated plans", ylabel="validation top-1 of the best plan so far, %", ylim=(top - 20, top + 1))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(MARKS))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
     """Run what is missing, write all."""
     options = arguments()
-    options.work.mkdir(parents=True, exist_ok=True)
-    kept = options.work / "convergence.jsonl"
-    known = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    lines = []
+    kept = Rows(options.work / "convergence.jsonl")
+    setting = {"trials": options.trials, "images": options.images}
     for model, seed, agent in product(options.models.split(","), range(options.seeds), options.agents.split(",")):
-        own = {"model": model, "agent": agent, "seed": seed, "trials": options.trials, "images": options.images}
-        line = next((line for line in known if own.items() <= line.items()), None)
-        if line is None:
-            line = search(model, agent, seed, options)
-            with kept.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        lines.append(line)
-        print(f"{model} {agent} seed {seed}: {curve(line)[-1]:.2%}, {line['seconds']:.0f} s", flush=True)
-        write(lines)
+        if not kept.has(model=model, agent=agent, seed=seed, **setting):
+            kept.add(search(model, agent, seed, options))
+            line = kept.rows[-1]
+            print(f"{model} {agent} seed {seed}: {curve(line)[-1]:.2%}, {line['seconds']:.0f} s", flush=True)
+    lines = [line for line in Rows(kept.file).rows if setting.items() <= line.items()]
+    write(lines)
     print(table(lines))
+    print(sooner(lines))
 
 
 def write(lines: Sequence[Line]) -> None:

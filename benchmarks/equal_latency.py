@@ -176,9 +176,11 @@ class Rows:
     def __post_init__(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if self.file.exists():
-            whole = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            self.rows = [json.loads(line) for line in whole]
-            self.file.write_text("".join(whole))  # without the line that a killed run was writing
+            text = self.file.read_text()
+            whole, _, cut = text.rpartition("\n")
+            self.rows = [json.loads(line) for line in whole.splitlines()]
+            if cut:  # the line that a killed run was writing
+                self.file.write_text(whole + "\n" * bool(whole))
 
     def has(self, **facts: Any) -> bool:
         """Whether there is a row with these values."""

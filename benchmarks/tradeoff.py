@@ -1,0 +1,180 @@
+"""A whole trade-off curve: one run of `sparrl` against one run for each budget of the other agents.
+
+    python benchmarks/tradeoff.py --data DIR --weights DIR [--models resnet20] [--seeds 3]
+
+`sparrl` searches once, at the tightest of the budgets, for as many plans as the others may try at all budgets together
+(`TOGETHER`); its trained agent is then asked for one plan for each budget, which is evaluated too. The others search
+anew for each budget, with an equal share of those plans. What counts is the area under the curve: the mean, over the
+budgets, of the validation accuracy of the best plan tried so far that is predicted to meet the budget, whichever search
+tried it. Nothing is fine-tuned, no test set is read.
+
+Resumable: a finished curve is a line in WORK/tradeoff.jsonl. Writes `results/tradeoff-<engine>-1t-<processor>.json`
+(every plan's latency and accuracy) and `.png`.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, product, zip_longest
+from pathlib import Path
+from statistics import mean
+from typing import ClassVar
+
+import matplotlib
+import numpy as np
+from common import result_file, result_stem
+from equal_latency import Row, Rows
+from matplotlib.figure import Figure
+
+import graphprune as gp
+from graphprune import models
+from graphprune.agents import create
+from graphprune.agents.sparrl import SparRL
+from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+from graphprune.machine import environment
+from graphprune.problem import Choices, Problem
+from graphprune.record import Record
+from graphprune.registry import chosen_patterns
+from graphprune.search import MARGIN, Session
+
+BUDGETS = (0.7, 0.6, 0.5, 0.4, 0.3)
+"""Shares of the dense latency, evenly spaced, the tightest last."""
+TOGETHER = 200
+ONE_RUN = "sparrl, one run"
+ASKED = "sparrl, one run, its curve alone"
+"""What the trained agent proposes, the plans that its search tried left out."""
+SEPARATE = ("dp", "dp+local", "autosculpt", "sparrl", "bocr", "tpe", "random", "uniform")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", required=True, help="folder with CIFAR-10")
+    made.add_argument("--weights", required=True, type=Path, help="folder with cifar10_<model>.safetensors")
+    made.add_argument("--models", default="resnet20")
+    made.add_argument("--agents", default=",".join(SEPARATE), help="those that search for each budget anew")
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--images", type=int, default=1000, help="validation images")
+    made.add_argument("--work", type=Path, default=Path("tradeoff_work"), help="folder for studies and curves")
+    return made.parse_args()
+
+
+def prepare(model: str, options: argparse.Namespace) -> Session:
+    """Tables and study of a model, at the tightest budget."""
+    task = gp.Task.load(f"cifar10:{options.data}", batch_size=128, validation=options.images)
+    dense = models.create(f"cifar:{model}", options.weights / f"cifar10_{model}.safetensors")
+    engine = OnnxRuntimeEngine()
+    return Session.prepare(
+        dense, task, gp.Target(latency=BUDGETS[-1]), engine, chosen_patterns(None, engine),
+        options.work / f"{model}.db", lambda *_: None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An agent that tries one plan."""
+
+    plan: Choices
+    name: ClassVar[str] = "sparrl:curve"
+
+    def run(self, problem: Problem, rng: np.random.Generator) -> None:
+        """Try it."""
+        problem.evaluate(self.plan)
+
+
+def one_run(session: Session, seed: int) -> dict[str, list[Record]]:
+    """What one search tried, and what its agent proposes for each budget afterwards."""
+    agent = SparRL()
+    problem = session.solve(agent, TOGETHER, seed)
+    limits = [{"latency": budget * MARGIN} for budget in BUDGETS]
+    proposed = agent.curve(problem, limits, np.random.default_rng(seed))
+    asked = []
+    for budget, plan in zip(BUDGETS, proposed, strict=True):
+        asked += replace(session, limits={"latency": budget}).solve(Proposal(plan), 1, seed).records
+    return {ONE_RUN: [*problem.records, *asked], ASKED: asked}
+
+
+def separate_runs(session: Session, name: str, seed: int) -> list[Record]:
+    """What the searches for all budgets tried, in turns."""
+    at = [replace(session, limits={"latency": budget}) for budget in BUDGETS]
+    found = [one.solve(create(name), TOGETHER // len(BUDGETS), seed).records for one in at]
+    return [record for record in chain(*zip_longest(*found)) if record is not None]
+
+
+def line(model: str, name: str, seed: int, images: int, records: Sequence[Record]) -> Row:
+    """What is published of a curve; a plan that was given up as hopeless has no accuracy."""
+    tried = [(record.predicted["latency"], None if record.images else record.accuracy) for record in records]
+    return {"model": model, "agent": name, "seed": seed, "images": images, "tried": tried}
+
+
+def areas(row: Row) -> list[float]:
+    """The mean over budgets of the best accuracy after each plan; a budget that nothing meets yet counts as 0."""
+    best, found = dict.fromkeys(BUDGETS, 0.0), []
+    for latency, accuracy in row["tried"]:
+        for budget in BUDGETS:
+            if latency <= budget * MARGIN * (1 + 1e-9) and accuracy is not None:
+                best[budget] = max(best[budget], accuracy)
+        found.append(mean(best.values()))
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The area at the end, and what it takes to get there."""
+    text = [f"{'model':10} {'agent':34} {'plans':>6} {'area':>22}   plans of '{ONE_RUN}' to the same area"]
+    for model, name in dict.fromkeys((row["model"], row["agent"]) for row in rows):
+        own = [areas(row) for row in rows if (row["model"], row["agent"]) == (model, name)]
+        ends = [one[-1] for one in own]
+        spread = f"{mean(ends):.2%} ({100 * min(ends):.2f} to {100 * max(ends):.2f})"
+        ours = np.mean([areas(row) for row in rows if (row["model"], row["agent"]) == (model, ONE_RUN)], axis=0)
+        reached = np.flatnonzero(ours >= mean(ends))
+        text.append(
+            f"{model:10} {name:34} {max(map(len, own)):6} {spread:>22}   "
+            + (str(reached[0] + 1) if len(reached) else "never")
+        )
+    return "\n".join(text)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """The area after each plan, the mean over seeds: a panel for each model."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(7 * len(names), 4.4), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for number, name in enumerate(dict.fromkeys(row["agent"] for row in rows)):
+            own = [areas(row) for row in rows if (row["model"], row["agent"]) == (model, name)]
+            longest = max(map(len, own), default=0)
+            if longest:
+                curves = 100 * np.array([one + [one[-1]] * (longest - len(one)) for one in own])
+                colour, thick = matplotlib.colormaps["tab10"](number), 2.4 if name == ONE_RUN else 1.3
+                label = f"{name}: {curves[:, -1].mean():.1f}"
+                axes.plot(range(1, longest + 1), curves.mean(0), color=colour, linewidth=thick, label=label)
+        axes.set(title=model, xlabel="evaluated plans, all budgets together", ylim=(40, None))
+        axes.set_ylabel("best top-1, mean over budgets, %")
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Run what is missing, write all."""
+    options = arguments()
+    kept = Rows(options.work / "tradeoff.jsonl")
+    for model in options.models.split(","):
+        session = None
+        for seed, name in product(range(options.seeds), (ONE_RUN, *options.agents.split(","))):
+            if kept.has(model=model, agent=name, seed=seed, images=options.images):
+                continue
+            session = session or prepare(model, options)
+            found = one_run(session, seed) if name == ONE_RUN else {name: separate_runs(session, name, seed)}
+            for label, records in reversed(found.items()):  # the one that says "done" is kept last
+                kept.add(line(model, label, seed, options.images, records))
+                print(f"{model} {label} seed {seed}: {areas(kept.rows[-1])[-1]:.2%}", flush=True)
+    body = {"budgets": BUDGETS, "together": TOGETHER, "curves": kept.rows, "environment": environment()}
+    result_file("tradeoff").write_text(json.dumps(body, indent=1) + "\n")
+    stem = result_stem("tradeoff", 1, 1)
+    plot(kept.rows, stem.with_name(f"{stem.name}.png"))
+    print(table(kept.rows))
+
+
+if __name__ == "__main__":
+    main()
