@@ -22,6 +22,7 @@ from torch import nn
 import graphprune as gp
 from graphprune import models
 from graphprune.candidates import Candidates
+from graphprune.engines import ENGINES
 from graphprune.errors import StepError
 from graphprune.graph import ModelGraph
 from graphprune.machine import environment
@@ -63,6 +64,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that these benchmarks have in common."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--models", default=",".join(MODELS), help="some of: " + ", ".join(MODELS))
+    made.add_argument("--engine", default="onnxruntime", choices=list(ENGINES))
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--batch", type=int, default=1)
     return made
@@ -76,12 +78,12 @@ def chosen(names: str) -> list[str]:
     return names.split(",")
 
 
-def result_stem(name: str, threads: int, batch: int) -> Path:
+def result_stem(name: str, threads: int, batch: int, engine: str = "onnxruntime") -> Path:
     """Where a result goes, without the file's ending: named by engine, threads, batch and processor."""
     facts = environment()
     processor = re.sub(r"[^A-Za-z0-9.]+", "-", facts["processor"]).strip("-")
     batches = f"-batch{batch}" * (batch != 1)
-    return RESULTS / f"{name}-onnxruntime{facts['onnxruntime']}-{threads}t{batches}-{processor}"
+    return RESULTS / f"{name}-{engine}{facts[engine]}-{threads}t{batches}-{processor}"
 
 
 def result_file(table: str, folder: Path = RESULTS) -> Path:

@@ -1,6 +1,6 @@
 """What every level of every pattern gains at every site of four models, the refused ones included.
 
-    python benchmarks/patterns.py [--models resnet20,vit_tiny] [--threads 1] [--batch 1]
+    python benchmarks/patterns.py [--models resnet20,vit_tiny] [--engine openvino] [--threads 1] [--batch 1]
 
 Times come from the profile of this machine, so that the second run is quick. Efficiency is the speed-up of a site's
 layers x the share of their FLOPs that is kept: 1 where time falls as FLOPs do. Levels that are refused stay in the
@@ -16,7 +16,7 @@ import numpy as np
 from common import COLOURS, chosen, parser, result_stem, subject
 from matplotlib.figure import Figure
 
-from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+from graphprune.engines import create
 from graphprune.grid import Cell, cells
 from graphprune.machine import environment
 from graphprune.profile import Profile
@@ -109,7 +109,7 @@ def plot(found: Cells, figures: dict[str, dict[str, Any]], path: Path, title: st
 def main() -> None:
     """Measure, summarise, write."""
     options = parser(__doc__).parse_args()
-    profile = Profile(OnnxRuntimeEngine(options.threads, batch=options.batch))
+    profile = Profile(create(options.engine, threads=options.threads, batch=options.batch))
     found = measure(chosen(options.models), profile)
     figures = summary(found)
     print(table(figures))
@@ -118,7 +118,7 @@ def main() -> None:
         "patterns": figures, "models": {name: [cell.to_dict() for cell in own] for name, own in found.items()},
         "environment": environment(),
     }  # fmt: skip
-    stem = result_stem("patterns", options.threads, options.batch)
+    stem = result_stem("patterns", options.threads, options.batch, options.engine)
     stem.with_name(stem.name + ".json").write_text(json.dumps(body, indent=1) + "\n")
     plot(found, figures, stem.with_name(stem.name + ".png"), profile.engine.identity)
 

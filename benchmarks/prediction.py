@@ -1,6 +1,7 @@
 """How well the profile predicts whole plans, whether any legal plan is slower, and how fast the fastest one is.
 
-    python benchmarks/prediction.py [--models resnet20,vit_tiny] [--plans 60] [--threads 1] [--batch 1] [--work DIR]
+    python benchmarks/prediction.py [--models resnet20,vit_tiny] [--plans 60] [--engine openvino] [--threads 1]
+        [--batch 1] [--work DIR]
 
 For each model, random legal plans: the target is drawn uniformly between what can be reached (or 0.3) and 0.95 of
 dense latency; then each site in turn stays dense with a probability that is drawn for the plan, or takes any option
@@ -27,7 +28,8 @@ from matplotlib.figure import Figure
 import graphprune as gp
 from graphprune.calibration import Statistics
 from graphprune.candidates import Candidates
-from graphprune.engines.onnxruntime import OnnxRuntimeEngine
+from graphprune.engines import create
+from graphprune.engines.base import Engine
 from graphprune.evaluation import Workbench
 from graphprune.export import onnx_bytes
 from graphprune.machine import environment
@@ -49,7 +51,7 @@ class Bench:
     """One model, profiled, with its problem; nothing is calibrated."""
 
     subject: Subject
-    engine: OnnxRuntimeEngine
+    engine: Engine
     candidates: Candidates
     cost: Sum
     problem: Problem
@@ -57,10 +59,9 @@ class Bench:
     dense_onnx: bytes = field(repr=False)
 
     @classmethod
-    def prepare(cls, name: str, threads: int, batch: int) -> "Bench":
+    def prepare(cls, name: str, engine: Engine) -> "Bench":
         """Trace, profile, and find out once how this model is cut."""
         given = subject(name)
-        engine = OnnxRuntimeEngine(threads, batch=batch)
         profile = Profile(engine)
         candidates = Candidates(given.graph, profile, chosen_patterns(None, engine), Statistics({}, {}))
         candidates.collect(lambda done, total: print(f"{name}: {done} of {total} operators timed", flush=True))
@@ -124,9 +125,9 @@ def lazy_walk(problem: Problem, rng: np.random.Generator, stay: float) -> Choice
     return choices
 
 
-def run(name: str, options: Any, work: Path) -> Line:
+def run(name: str, engine: Engine, options: Any) -> Line:
     """Measure what is missing of one model, and summarise all of it."""
-    bench = Bench.prepare(name, options.threads, options.batch)
+    bench, work = Bench.prepare(name, engine), options.work / "prediction.jsonl"
     known = {(line["kind"], line["number"]): line for line in _read(work) if line["key"] == bench.key}
     wanted = list(bench.wanted(options.plans, options.seed))
     missing = [entry for entry in wanted if entry[:2] not in known]
@@ -228,13 +229,19 @@ def main() -> None:
     made.add_argument("--work", type=Path, default=Path("prediction_work"), help="folder for what is measured so far")
     options = made.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    found = [run(name, options, options.work / "prediction.jsonl") for name in chosen(options.models)]
+    engine = create(options.engine, threads=options.threads, batch=options.batch)
+    found = [run(name, engine, options) for name in chosen(options.models)]
     print(table(found))
-    engine = OnnxRuntimeEngine(options.threads, batch=options.batch).identity
-    body = {"engine": engine, "seed": options.seed, "rounds": ROUNDS, "models": found, "environment": environment()}
-    stem = result_stem("prediction", options.threads, options.batch)
+    body = {
+        "engine": engine.identity,
+        "seed": options.seed,
+        "rounds": ROUNDS,
+        "models": found,
+        "environment": environment(),
+    }
+    stem = result_stem("prediction", options.threads, options.batch, options.engine)
     stem.with_name(stem.name + ".json").write_text(json.dumps(body, indent=1) + "\n")
-    plot(found, stem.with_name(stem.name + ".png"), engine)
+    plot(found, stem.with_name(stem.name + ".png"), engine.identity)
 
 
 if __name__ == "__main__":
