@@ -159,7 +159,7 @@ class FoldedAttention(nn.Module):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_of_any_number_of_axes(masked: bool, tmp_path: Path) -> None:
+def test_attention_of_any_number_of_axes(masked: bool) -> None:
     model = FoldedAttention(masked)
     request = exporters.prepare(model, torch.randn(2, 6, 6), True, None)
     data = ir.to_proto(exporters.convert(request, (exporters.by_dynamo,))).SerializeToString()
