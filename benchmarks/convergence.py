@@ -14,9 +14,9 @@ with all: they have read the study of an earlier run of `amc` on the other model
 missing. A second table says after how many trials their mean reaches what `amc` ends with, and how many times sooner
 that is than `amc` itself.
 
-Resumable: a finished search is a line in WORK/convergence.jsonl, a killed one goes on from its study. Several runs may
-share WORK, if each has models of its own. Writes all that is there, every trial, to
-`results/convergence-<engine>-1t-<processor>.json` and `.png`.
+Resumable: a finished search is a line in WORK/convergence.jsonl, or in the results of an earlier run on a machine with
+the same processor; a killed one goes on from its study. Several runs may share WORK, if each has models of its own.
+Writes all that is there, every trial, to `results/convergence-<engine>-1t-<processor>.json` and `.png`.
 """
 
 import argparse
@@ -243,6 +243,9 @@ def main() -> None:
     """Run what is missing, write all."""
     options = arguments()
     kept = Rows(options.work / "convergence.jsonl")
+    for line in published():
+        if line not in kept.rows:
+            kept.add(line)
     setting = {"trials": options.trials, "images": options.images}
     for model, seed, agent in product(options.models.split(","), range(options.seeds), options.agents.split(",")):
         if not kept.has(model=model, agent=agent, seed=seed, **setting):
@@ -253,6 +256,12 @@ def main() -> None:
     write(lines)
     print(table(lines))
     print(sooner(lines))
+
+
+def published() -> list[Line]:
+    """The searches that an earlier run on such a machine has published."""
+    file = result_file("convergence")
+    return list(json.loads(file.read_text())["searches"]) if file.exists() else []
 
 
 def write(lines: Sequence[Line]) -> None:
