@@ -31,7 +31,7 @@ from graphprune.plan import Plan
 from graphprune.problem import BudgetSpent, Choices, Decision, Factor, Problem, Sum
 from graphprune.problem_file import pack
 from graphprune.profile import Profile
-from graphprune.record import Record
+from graphprune.record import Record, Share
 from graphprune.registry import agent as create_agent
 from graphprune.registry import chosen_patterns
 from graphprune.repair import FINE, make_reference
@@ -60,6 +60,8 @@ MARGIN = 0.96
 """The search aims a little below the latency target, so that the verified upper bound still meets it."""
 FINALISTS = 8
 VERIFY_ROUNDS = 60
+CLOSE_ROUNDS = 240
+"""Rounds of a second measurement, where only the width of the first one's interval missed the target."""
 
 
 def _quiet(stage: str, done: int, total: int, note: str) -> None:
@@ -294,11 +296,19 @@ class Session:
         measured = self.study.verified(record.plan)
         if measured is None:
             exported = onnx_bytes(pruned, self.task.example_inputs)  # the file that will be delivered
-            measured = evaluator.measure(exported, VERIFY_ROUNDS, fresh=engines.settings_of(self.engine) is not None)
+            measured = self._measured(exported, evaluator)
             self.study.keep_verified(replace(record, measured=measured))
         checked = replace(record, measured=measured)
         excess = max(self._excess(checked).values())
         return excess, replace(checked, feasible=excess <= 0), pruned, bench.route
+
+    def _measured(self, exported: bytes, evaluator: Evaluator) -> Share:
+        """The latency share of a file, with an interval that is narrow enough to decide."""
+        fresh = engines.settings_of(self.engine) is not None
+        measured = evaluator.measure(exported, VERIFY_ROUNDS, fresh)
+        if measured.value <= self.limits.get("latency", 0.0) < measured.high:
+            measured = evaluator.measure(exported, CLOSE_ROUNDS, fresh)
+        return measured
 
     def _excess(self, record: Record) -> dict[str, float]:
         """By how much each bound is missed (negative: kept), latency by the upper end of its interval."""

@@ -21,7 +21,7 @@ from graphprune.measure import measure
 from graphprune.problem import Factor, Problem, Sum
 from graphprune.registry import chosen_patterns, patterns
 from graphprune.result import Result
-from graphprune.search import PROBES, VERIFY_ROUNDS, corrected, random_walk, search
+from graphprune.search import CLOSE_ROUNDS, PROBES, VERIFY_ROUNDS, corrected, random_walk, search
 from graphprune.surgery import apply
 from graphprune.target import Target
 from graphprune.task import Task
@@ -134,6 +134,30 @@ def test_a_missed_target_is_said_and_the_nearest_plan_comes_back() -> None:
     assert not result.record.feasible
     assert result.notes == (f"the target was missed: latency is {excess:.3f} above its limit",)
     assert result.record.predicted["latency"] == min(r.predicted["latency"] for r in result.records if r.accuracy)
+
+
+@dataclass
+class UnsteadyAtTheEnd(FakeEngine):
+    """Of the first measurement of a candidate that is verified, two samples in five are three times as long."""
+
+    def measure(self, models: Sequence[Model], rounds: int = 30) -> list[Timing]:
+        timings = super().measure(models, rounds)
+        if rounds != VERIFY_ROUNDS:
+            return timings
+        return [
+            timings[0],
+            *(Timing(tuple(s * (1 + 2 * (n % 5 < 2)) for n, s in enumerate(t.samples))) for t in timings[1:]),
+        ]
+
+
+def test_a_wide_interval_is_narrowed_before_a_plan_is_given_up() -> None:
+    steady, unsteady = (
+        run(Target(latency=0.6), agent="dp", trials=8, engine=kind()) for kind in (FakeEngine, UnsteadyAtTheEnd)
+    )
+    assert unsteady.met
+    assert unsteady.plan == steady.plan
+    assert unsteady.record.measured is not None
+    assert len(unsteady.record.measured.candidate) == CLOSE_ROUNDS
 
 
 def test_a_result_that_is_no_faster_says_so() -> None:
