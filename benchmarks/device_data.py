@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from graphprune import setting
 from graphprune.images import Epoch
 from graphprune.task import Task
 
@@ -29,12 +28,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def prepare_device(batch_size: int) -> None:
-    """Let a GPU use its fast paths: TF32, the fastest convolutions, and the number format that a whole batch wants."""
+def prepare_device() -> None:
+    """Let a GPU use its fast paths: TF32, and the fastest convolutions."""
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-        setting.TIMED_IMAGES = batch_size  # a step of a few images would only time how fast kernels are launched
 
 
 def on_device(task: Task, images: int | None = None, randaugment: bool = False, mixing: float = 0.0) -> Task:

@@ -25,7 +25,7 @@ def recipe_for(model: nn.Module, epochs: int, seed: int) -> Recipe:
 
 def tune(options: argparse.Namespace) -> None:
     """Every row, block and seed that is not there yet."""
-    prepare_device(options.batch)
+    prepare_device()
     task = Task.load(f"cifar10:{options.data}", validation=options.validation, batch_size=options.batch)
     for name in options.models:
         network = zoo.NETWORKS[name]

@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, recipe: Recipe, task: Task, weights: Path) 
     options.work.mkdir(parents=True, exist_ok=True)
     checkpoint = options.work / f"{name}.checkpoint.safetensors"
     log = Log(weights.with_suffix(".jsonl"), keep=checkpoint.exists())
-    prepare_device(options.batch)
+    prepare_device()
     with seeded(options.seed):
         model = zoo.build(options.model)
     log.add(

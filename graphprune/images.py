@@ -87,7 +87,7 @@ def shift(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tenso
 def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image of the batch flipped left to right with probability one half."""
     flipped = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
+    return torch.where(flipped.view(-1, 1, 1, 1).to(images.device), images.flip(3), images)
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:

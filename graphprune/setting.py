@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graphprune.task import first_output
 
 TIMED_IMAGES = 16
+"""On a CPU. A GPU is timed on a whole batch: a step of a few images would only time how fast kernels are launched."""
 TIMED_STEPS = 3
 ENOUGH_SECONDS = 4.0
 """Where steps take long, a warm-up and one timed step of a setting have to do."""
@@ -54,13 +55,14 @@ class Setting:
 
 
 def fastest(model: nn.Module, inputs: Tensor) -> Setting:
-    """The setting in which a training step on some of `inputs` is fastest here; the model is untouched.
+    """The setting in which a training step on `inputs`, or some of them, is fastest here; the model is untouched.
 
     A setting that the model cannot run in (a `view` that needs the ordinary layout, for example) is passed over.
     """
     plain = Setting.plain()
     others = [Setting(plain.device, layout, low) for layout, low in ((True, False), (False, True), (True, True))]
-    seconds = {setting: _step_seconds(setting, model, inputs[:TIMED_IMAGES]) for setting in (plain, *others)}
+    batch = inputs[:TIMED_IMAGES] if plain.device == "cpu" else inputs
+    seconds = {setting: _step_seconds(setting, model, batch) for setting in (plain, *others)}
     best = min(seconds, key=seconds.__getitem__)
     return best if seconds[best] * MARGIN < seconds[plain] else plain
 
