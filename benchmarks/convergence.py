@@ -15,8 +15,8 @@ missing. A second table says after how many trials their mean reaches what `amc`
 that is than `amc` itself.
 
 Resumable: a finished search is a line in WORK/convergence.jsonl, or in the results of an earlier run on a machine with
-the same processor; a killed one goes on from its study. Several runs may share WORK, if each has models of its own.
-Writes all that is there, every trial, to `results/convergence-<engine>-1t-<processor>.json` and `.png`.
+the same processor; a killed one goes on from its study. Several runs may share WORK, each with agents or models
+of its own. Writes all that is there, every trial, to `results/convergence-<engine>-1t-<processor>.json` and `.png`.
 """
 
 import argparse
@@ -242,17 +242,16 @@ def panel(axes: Axes, curves: dict[str, NDArray[np.float64]]) -> None:
 def main() -> None:
     """Run what is missing, write all."""
     options = arguments()
-    kept = Rows(options.work / "convergence.jsonl")
+    file, setting = options.work / "convergence.jsonl", {"trials": options.trials, "images": options.images}
     for line in published():
-        if line not in kept.rows:
+        if line not in (kept := Rows(file)).rows:
             kept.add(line)
-    setting = {"trials": options.trials, "images": options.images}
     for model, seed, agent in product(options.models.split(","), range(options.seeds), options.agents.split(",")):
-        if not kept.has(model=model, agent=agent, seed=seed, **setting):
-            kept.add(search(model, agent, seed, options))
-            line = kept.rows[-1]
+        if not Rows(file).has(model=model, agent=agent, seed=seed, **setting):
+            line = search(model, agent, seed, options)
+            Rows(file).add(line)
             print(f"{model} {agent} seed {seed}: {curve(line)[-1]:.2%}, {line['seconds']:.0f} s", flush=True)
-    lines = [line for line in Rows(kept.file).rows if setting.items() <= line.items()]
+    lines = [line for line in Rows(file).rows if setting.items() <= line.items()]
     write(lines)
     print(table(lines))
     print(sooner(lines))
