@@ -38,10 +38,7 @@ class Lookup:
     def __init__(self, total: Sum, sites: Vectors, options: Vectors, count: int) -> None:
         """For cuts that set `sites` [P] to `options` [P], in choice vectors of `count` sites."""
         self.total = total
-        strides = np.zeros((count, len(total.factors)), dtype=np.int64)
-        for number, factor in enumerate(total.factors):
-            sizes = np.array([1, *factor.table.shape[:0:-1]])
-            strides[list(factor.sites), number] = np.cumprod(sizes)[: len(factor.sites)][::-1]
+        strides = total.strides(count)
         self._cut, self._factor = np.nonzero(strides[sites])
         self._site, self._option = sites[self._cut], options[self._cut]
         self._stride = strides[self._site, self._factor]

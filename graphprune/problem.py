@@ -107,6 +107,13 @@ class Sum:
         sites, strides, first = self._layout
         return np.asarray(first + (choices[:, sites] * strides).sum(axis=2))
 
+    def strides(self, count: int) -> NDArray[np.int64]:
+        """How far the next option of each of `count` sites moves each factor's place in `flat`: [count, factors]."""
+        sites, strides, _ = self._layout
+        found = np.zeros((count, len(self.factors)), dtype=np.int64)
+        np.add.at(found, (sites, np.arange(len(self.factors))[:, None]), strides)
+        return found
+
     @cached_property
     def _layout(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """The sites and strides of each factor [factors, most sites], and where its table begins."""
