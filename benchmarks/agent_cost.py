@@ -25,10 +25,9 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from common import RESULTS, in_own_process, result_file
+from common import RESULTS, in_own_process, result_file, trained
 
 import graphprune as gp
-from graphprune import models
 from graphprune.agents import create
 from graphprune.agents.autosculpt import Search
 from graphprune.agents.base import Agent
@@ -107,8 +106,7 @@ class Watched:
 
 def examine(options: argparse.Namespace) -> dict[str, Any]:
     """One search."""
-    task = gp.Task.load(f"cifar10:{options.data}", batch_size=100, validation=options.images)
-    dense = models.create(f"cifar:{options.model}", options.weights / f"cifar10_{options.model}.safetensors")
+    dense, task = trained(options.model, options, batch_size=100)
     session = Session.prepare(
         dense, task, gp.Target(latency=LATENCY), FakeEngine(), chosen_patterns(None), None, lambda *_: None
     )

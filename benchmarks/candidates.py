@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import result_file
+from common import result_file, trained
 from scipy.stats import kendalltau
 
 import graphprune as gp
-from graphprune import models
 from graphprune.engines.fake import FakeEngine
 from graphprune.machine import environment
 from graphprune.problem import Choices
@@ -104,8 +103,7 @@ def main() -> None:
     options = made.parse_args()
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
-    task = gp.Task.load(f"cifar10:{options.data}", batch_size=100, validation=options.images)
-    dense = models.create(f"cifar:{options.model}", options.weights / f"cifar10_{options.model}.safetensors")
+    dense, task = trained(options.model, options, batch_size=100)
     session = Session.prepare(
         dense, task, gp.Target(latency=LATENCY), FakeEngine(), chosen_patterns(None), None, lambda *_: None
     )

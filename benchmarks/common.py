@@ -60,6 +60,12 @@ def subject(name: str, seed: int = 0) -> Subject:
     return Subject(name, module, gp.trace(module, example), example)
 
 
+def trained(name: str, options: argparse.Namespace, batch_size: int = 128) -> tuple[nn.Module, gp.Task]:
+    """A trained `cifar:<name>` and CIFAR-10, of a script's `weights`, `data` and (validation) `images`."""
+    task = gp.Task.load(f"cifar10:{options.data}", batch_size=batch_size, validation=options.images)
+    return models.create(f"cifar:{name}", options.weights / f"cifar10_{name}.safetensors"), task
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that these benchmarks have in common."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -30,7 +30,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from common import result_file, result_stem
+from common import result_file, trained
 from equal_latency import Rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -38,7 +38,6 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
 
 import graphprune as gp
-from graphprune import models
 from graphprune.agents import create
 from graphprune.agents.amc import Amc
 from graphprune.agents.autosculpt import AutoSculpt
@@ -121,8 +120,7 @@ def earlier(model: str, options: argparse.Namespace) -> Path:
 
 def sought(model: str, agent: Agent, seed: int, options: argparse.Namespace, study: Path) -> gp.Result:
     """One search, from its study where it was begun before."""
-    task = gp.Task.load(f"cifar10:{options.data}", batch_size=128, validation=options.images)
-    dense = models.create(f"cifar:{model}", options.weights / f"cifar10_{model}.safetensors")
+    dense, task = trained(model, options)
     return gp.search(dense, task, gp.Target(latency=LATENCY), agent, options.trials, seed, study=study)
 
 
@@ -244,8 +242,9 @@ def main() -> None:
     """Run what is missing, write all."""
     options = arguments()
     file, setting = options.work / "convergence.jsonl", {"trials": options.trials, "images": options.images}
+    kept = Rows(file)
     for line in published():
-        if line not in (kept := Rows(file)).rows:
+        if line not in kept.rows:
             kept.add(line)
     for model, seed, agent in product(options.models.split(","), range(options.seeds), options.agents.split(",")):
         if not Rows(file).has(model=model, agent=agent, seed=seed, **setting):
@@ -267,9 +266,9 @@ def published() -> list[Line]:
 def write(lines: Sequence[Line]) -> None:
     """The results so far."""
     body = {"latency": LATENCY, "searches": list(lines), "environment": environment()}
-    result_file("convergence").write_text(json.dumps(body, indent=1) + "\n")
-    stem = result_stem("convergence", 1, 1)
-    plot(lines, stem.with_name(f"{stem.name}.png"))
+    file = result_file("convergence")
+    file.write_text(json.dumps(body, indent=1) + "\n")
+    plot(lines, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

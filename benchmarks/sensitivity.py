@@ -18,12 +18,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from common import RESULTS
+from common import RESULTS, trained
 from equal_latency import Row, Rows
 from scipy.stats import kendalltau
 
 import graphprune as gp
-from graphprune import models
 from graphprune.agents.dp import Solver
 from graphprune.calibration import Statistics
 from graphprune.engines.fake import FakeEngine
@@ -90,8 +89,7 @@ class Tables:
 
 def prepared(name: str, options: argparse.Namespace) -> Session:
     """A session on all patterns."""
-    task = gp.Task.load(f"cifar10:{options.data}", batch_size=100, validation=options.images)
-    dense = models.create(f"cifar:{name}", options.weights / f"cifar10_{name}.safetensors")
+    dense, task = trained(name, options, batch_size=100)
     target = gp.Target(latency=min(SHARES))
     return Session.prepare(dense, task, target, FakeEngine(), chosen_patterns(None), None, lambda *_: None)
 

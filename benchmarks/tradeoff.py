@@ -23,12 +23,11 @@ from typing import ClassVar
 
 import matplotlib
 import numpy as np
-from common import result_file, result_stem
+from common import result_file, trained
 from equal_latency import Row, Rows
 from matplotlib.figure import Figure
 
 import graphprune as gp
-from graphprune import models
 from graphprune.agents import create
 from graphprune.agents.sparrl import SparRL
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
@@ -62,8 +61,7 @@ def arguments() -> argparse.Namespace:
 
 def prepare(model: str, options: argparse.Namespace) -> Session:
     """Tables and study of a model, at the tightest budget."""
-    task = gp.Task.load(f"cifar10:{options.data}", batch_size=128, validation=options.images)
-    dense = models.create(f"cifar:{model}", options.weights / f"cifar10_{model}.safetensors")
+    dense, task = trained(model, options)
     engine = OnnxRuntimeEngine()
     return Session.prepare(
         dense, task, gp.Target(latency=BUDGETS[-1]), engine, chosen_patterns(None, engine),
@@ -170,9 +168,9 @@ def main() -> None:
                 kept.add(line(model, label, seed, options.images, records))
                 print(f"{model} {label} seed {seed}: {areas(kept.rows[-1])[-1]:.2%}", flush=True)
     body = {"budgets": BUDGETS, "together": TOGETHER, "curves": kept.rows, "environment": environment()}
-    result_file("tradeoff").write_text(json.dumps(body, indent=1) + "\n")
-    stem = result_stem("tradeoff", 1, 1)
-    plot(kept.rows, stem.with_name(f"{stem.name}.png"))
+    file = result_file("tradeoff")
+    file.write_text(json.dumps(body, indent=1) + "\n")
+    plot(kept.rows, file.with_suffix(".png"))
     print(table(kept.rows))
 
 
