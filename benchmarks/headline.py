@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--short", type=int, default=1, help="epochs that choose among Torch-Pruning's settings")
     made.add_argument("--batch", type=int, default=128, help="images in a batch of the tuning")
     made.add_argument("--trials", type=int, default=200, help="of each search")
-    made.add_argument("--variant", default="", help="only settings of Torch-Pruning with this text in their name")
+    made.add_argument("--variant", default="", help="only settings of Torch-Pruning whose name has this pattern in it")
     made.add_argument("--images", type=int, help="tune on so many images only (to try the script)")
     made.add_argument("--validation", type=int, help="validation images (to try the script)")
     made.add_argument("--test-images", type=int, help="read so many test images only (to try the script)")

@@ -1,6 +1,7 @@
 """Searches: brings every method to the same measured latency. Runs on the machine whose latency counts."""
 
 import argparse
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -55,7 +56,10 @@ class Planner:
         wanted = self.options.methods
         self.keep_whole("dense", self.dense.name)
         for sibling in zoo.NETWORKS[self.dense.name].siblings if "sibling" in wanted else ():
-            self.keep_whole("sibling", sibling)
+            if zoo.is_trained(sibling, self.options.weights):
+                self.keep_whole("sibling", sibling)
+            else:
+                say(self.dense.name, f"no row for the sibling {sibling}: it is not trained")
         for speedup in self.options.speedups:
             for method in [method for method in OURS if method in wanted]:
                 self.search(method, speedup)
@@ -122,7 +126,7 @@ class Planner:
 
         rival: TorchPruning | None = None
         for setting in all_settings(self.dense.module):
-            left = missing(setting) if self.options.variant in setting.name else []
+            left = missing(setting) if re.search(self.options.variant, setting.name) else []
             if not left:
                 continue
             rival = rival or TorchPruning.of(self.dense.module, self.dense.task)

@@ -31,25 +31,25 @@ class Network:
     siblings: tuple[str, ...] = ()
 
 
-def _sgd(epochs: int = 200, label_smoothing: float = 0.0) -> Recipe:
-    return Recipe(epochs, lr=0.1, weight_decay=5e-4, optimizer="sgd", label_smoothing=label_smoothing, ema_decay=0.9995)
+def _sgd(epochs: int, label_smoothing: float = 0.0) -> Recipe:
+    return Recipe(epochs, lr=0.1, weight_decay=5e-4, optimizer="sgd", label_smoothing=label_smoothing, ema_decay=0.999)
 
 
-def _adamw(epochs: int = 400) -> Recipe:
-    return Recipe(epochs, lr=1e-3, weight_decay=0.05, optimizer="adamw", label_smoothing=0.1, ema_decay=0.9998)
+def _adamw(epochs: int) -> Recipe:
+    return Recipe(epochs, lr=1e-3, weight_decay=0.05, optimizer="adamw", label_smoothing=0.1, ema_decay=0.9995)
 
 
 NETWORKS = {
-    "resnet56": Network("cifar:resnet56", _sgd(), siblings=("resnet20",)),
-    "resnet20": Network("cifar:resnet20", _sgd(), siblings=("resnet14", "resnet8")),
-    "resnet14": Network("zoo:resnet?blocks=2", _sgd()),
-    "resnet8": Network("zoo:resnet?blocks=1", _sgd()),
-    "vgg16_bn": Network("cifar:vgg16", _sgd(label_smoothing=0.1), randaugment=True, siblings=("vgg11_bn",)),
-    "vgg11_bn": Network("cifar:vgg11", _sgd(label_smoothing=0.1), randaugment=True),
-    "mobilenetv2": Network("zoo:mobilenetv2", _sgd(300, 0.1), randaugment=True, siblings=("mobilenetv2_050",)),
-    "mobilenetv2_050": Network("zoo:mobilenetv2?width=50", _sgd(300, 0.1), randaugment=True),
-    "vit": Network(f"{VIT}&depth=6", _adamw(), randaugment=True, mixing=0.5, siblings=("vit_depth3",)),
-    "vit_depth3": Network(f"{VIT}&depth=3", _adamw(), randaugment=True, mixing=0.5),
+    "resnet56": Network("cifar:resnet56", _sgd(100), siblings=("resnet20",)),
+    "resnet20": Network("cifar:resnet20", _sgd(100), siblings=("resnet14",)),
+    "resnet14": Network("zoo:resnet?blocks=2", _sgd(30)),
+    "resnet8": Network("zoo:resnet?blocks=1", _sgd(100)),
+    "vgg16_bn": Network("cifar:vgg16", _sgd(60, 0.1), mixing=0.5, siblings=("vgg11_bn",)),
+    "vgg11_bn": Network("cifar:vgg11", _sgd(60, 0.1), mixing=0.5),
+    "mobilenetv2": Network("zoo:mobilenetv2", _sgd(30, 0.1), siblings=("mobilenetv2_050",)),
+    "mobilenetv2_050": Network("zoo:mobilenetv2?width=50", _sgd(30, 0.1)),
+    "vit": Network(f"{VIT}&depth=6", _adamw(80), randaugment=True, mixing=0.5, siblings=("vit_depth3",)),
+    "vit_depth3": Network(f"{VIT}&depth=3", _adamw(80), randaugment=True, mixing=0.5),
 }
 """Name -> network. `zoo:` specs are the functions below."""
 
@@ -78,10 +78,18 @@ def build(name: str, weights: Path | None = None) -> nn.Module:
 
 def weights_of(name: str, folders: Sequence[Path]) -> Path:
     """The first file `cifar10_<name>.safetensors` in some folders. Ends the script where there is none."""
-    for folder in folders:
-        if (file := folder / f"cifar10_{name}.safetensors").exists():
-            return file
-    raise SystemExit(f"no trained {name} in {', '.join(map(str, folders))}: run `train.py --model {name}` first")
+    if not is_trained(name, folders):
+        raise SystemExit(f"no trained {name} in {', '.join(map(str, folders))}: run `train.py --model {name}` first")
+    return next(file for file in _files(name, folders) if file.exists())
+
+
+def is_trained(name: str, folders: Sequence[Path]) -> bool:
+    """Whether there is such a file."""
+    return any(file.exists() for file in _files(name, folders))
+
+
+def _files(name: str, folders: Sequence[Path]) -> list[Path]:
+    return [folder / f"cifar10_{name}.safetensors" for folder in folders]
 
 
 def settings(name: str) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from graphprune.errors import InputError, StepError
 from graphprune.randomness import derive, seeded
 from graphprune.recipe import Recipe, repair_batch_norm
-from graphprune.setting import Setting, fastest
+from graphprune.setting import Runner, Setting, fastest
 from graphprune.snapshot import Snapshot, load_module, load_optimizer, module_tensors, optimizer_state
-from graphprune.task import Data, Task, first_output
+from graphprune.task import Data, Task
 
 Progress = Callable[[int, float, float], None]
 """Called after each epoch with its number (from 1), its mean loss and the validation accuracy."""
@@ -115,7 +115,7 @@ class _Run:
     def __init__(self, student: nn.Module, teacher: nn.Module | None, task: Task, recipe: Recipe, setting: Setting):
         self.task, self.recipe, self.setting = task, recipe, setting
         self.student = setting.place(student)
-        self.teacher = None if teacher is None else setting.place(copy.deepcopy(teacher)).eval()
+        teacher = None if teacher is None else setting.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
         options = recipe.optimizer_options(student, from_scratch=teacher is None)
         self.optimizer = create_optimizer_v2(self.student, **options)
         self.scheduler = CosineLRScheduler(
@@ -126,6 +126,8 @@ class _Run:
             warmup_lr_init=options["lr"] / 100,
         )
         self.average = ModelEmaV3(self.student, decay=recipe.ema_decay, use_warmup=True)
+        self.answer = Runner(self.student, setting)
+        self.teach = None if teacher is None else Runner(teacher, setting)
         self.updates = 0
         self.history: History = ()
         self.scores = (0.0, 0.0)
@@ -153,11 +155,9 @@ class _Run:
     def _step(self, inputs: Tensor, targets: Tensor | None) -> Tensor:
         inputs = self.setting.inputs(inputs)
         targets = None if targets is None else targets.to(self.setting.device)
-        with self.setting.autocast():
-            with torch.inference_mode():
-                taught = None if self.teacher is None else first_output(self.teacher(inputs))
-            logits = first_output(self.student(inputs))
-        loss = self.recipe.loss(logits, targets, taught)
+        with torch.no_grad():
+            taught = None if self.teach is None else self.teach(inputs)
+        loss = self.recipe.loss(self.answer(inputs), targets, taught)
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         self.optimizer.step()

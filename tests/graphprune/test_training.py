@@ -1,6 +1,8 @@
 """The training loop: exact resume, the better weights, and what it must leave alone."""
 
+import copy
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from graphprune import setting as settings
 from graphprune.errors import InputError, StepError
 from graphprune.recipe import Recipe
-from graphprune.setting import Setting, fastest
+from graphprune.setting import Runner, Setting, fastest
 from graphprune.snapshot import Snapshot
 from graphprune.task import Task
 from graphprune.training import Checkpoint, fit
@@ -260,3 +262,43 @@ def test_settings_compute_the_same_function(task: Task) -> None:
     torch.testing.assert_close(got.float(), expected, atol=0.05, rtol=0.05)
     assert got.dtype == torch.bfloat16
     assert str(plain) == "cpu, float32"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_steps_compute_what_launched_ones_do(task: Task) -> None:
+    model = network().cuda()
+    model[5].p = 0.0  # masks are drawn anew
+    other = copy.deepcopy(model)
+    captured, launched = Runner(model, Setting("cuda", captured=True)), Runner(other, Setting("cuda"))
+    batches = [inputs.cuda() for inputs, _ in islice(task.train(0), 4)]  # type: ignore[misc]
+    for inputs in [*batches[:3], batches[3][:7]]:  # the last one has another shape than what was captured
+        for run, own in ((captured, model), (launched, other)):
+            own.zero_grad()
+            torch.autograd.backward(run(inputs).square().mean())
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+        with torch.no_grad():
+            for own in (model, other):
+                for value in own.parameters():
+                    value.sub_(0.1 * value.grad)  # type: ignore[operator]
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_that_cannot_be_captured_trains_all_the_same(task: Task) -> None:
+    class Branching(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs: Tensor = super().forward(inputs)
+            return outputs if float(outputs.detach().sum()) < 1e9 else -outputs
+
+    assert not fastest(Branching(network()), next(iter(task.train(0)))[0]).captured  # type: ignore[misc]
+    fit(Branching(network()), task, replace(SMALL, epochs=1, precision="fastest"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_training_learns(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphprune.training.fastest", lambda *_: Setting("cuda", captured=True))
+    trained = fit(network(), task, replace(SMALL, epochs=8, precision="fastest"), teacher=network(1).eval())
+    assert trained.setting.captured
+    trained = fit(trained.model, task, replace(SMALL, epochs=8, precision="fastest", lr=0.05))
+    assert trained.accuracy > 0.7
