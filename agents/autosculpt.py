@@ -10,9 +10,10 @@ missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), 
 - later episodes are judged by a belief that every record corrects; plans already evaluated count as they were; how
   large errors count beside small ones is believed too, and the policy sees the errors that way;
 - each round evaluates the most promising of the policy's own plans, its greedy decode, and plans bred in imagination:
-  generation by generation the policy decides a few sites of the most promising ones anew, some of their sites are set
-  to any options or grafted from other plans; once from all that is known and once from plans drawn at random, because
-  a policy that has made up its mind finds no other way. What is open counts less and less as the trials are spent.
+  generation by generation the policy decides a few sites of the most promising ones anew, sites are grafted from other
+  plans, traded against each other, or decided at a price of time; once from all that is known and once from plans drawn
+  at random, because a policy that has made up its mind finds no other way. What is open counts less and less as the
+  trials are spent.
 """
 
 from dataclasses import replace
@@ -52,6 +53,12 @@ ELITES = 16
 """How many of them live on from generation to generation."""
 AT_ONCE = 8
 """How many sites a generation may open, over all of its variations: the policy is asked once for each."""
+TRADERS, TRADES = 4, 64
+"""How many of a generation's most promising plans are traded in, and for how many others each."""
+PRICES = np.geomspace(1e-3, 1e3, 60)
+"""Prices of time that are looked at, relative to error per cost from the dense to the cheapest plan."""
+SPREAD = 0.3
+"""Standard deviation of the logarithm of the prices at which plans are varied."""
 CURIOSITY = 0.5
 """Chance that an open site of a variation is drawn uniformly instead of from the policy, which soon is too sure."""
 Vectors = NDArray[np.int64]
@@ -121,6 +128,11 @@ class Search:
         self.rewards: dict[Choices, float] = {}
         self.per_round = max(4, problem.trials // ROUNDS)
         self._sizes = np.array([len(decision.options) for decision in problem.decisions])
+        self._changes = (
+            np.repeat(np.arange(len(self._sizes)), self._sizes),
+            np.concatenate(list(map(np.arange, self._sizes))),
+        )
+        self._prices: dict[float, float] = {}
         self._tied = problem.inside | np.eye(len(problem.decisions), dtype=np.bool_)
         self.episodes = Episodes(self.observer, EPISODES, self.judge)
         with reproducible(rng):
@@ -210,7 +222,8 @@ class Search:
         bred = pool = np.unique(plans, axis=0)
         for _ in range(generations):
             pool = pool[np.argsort(-promise(self.belief, pool, self.exploration), kind="stable")[:ELITES]]
-            varied = [self.decode(self._opened(pool), greedy=False), self._exchanged(pool), self._grafted(pool, plans)]
+            varied = [self.decode(self._opened(pool), greedy=False), self._grafted(pool, plans)]
+            varied += [self._traded(pool[:TRADERS]), self._priced(pool)]
             pool = np.unique(np.concatenate([pool, *varied]), axis=0)
             bred = np.concatenate([bred, pool])
         return bred
@@ -236,17 +249,79 @@ class Search:
             plan[taken] = donors[self.rng.integers(len(donors)), taken]
         return self._legal(grafted)
 
-    def _exchanged(self, plans: Vectors) -> Vectors:
-        """Plans drawn from some [M, sites] with one or two sites set to any options, if that meets the target."""
-        varied = plans[self.rng.integers(len(plans), size=8 * EPISODES)]
-        for _ in range(2):
-            sites = self.rng.integers(varied.shape[1], size=len(varied))
-            varied[np.arange(len(varied)), sites] = (self.rng.random(len(varied)) * self._sizes[sites]).astype(np.int64)
-        return self._legal(varied)
+    def _traded(self, plans: Vectors) -> Vectors:
+        """For each of some plans [N, sites] those with one site set to an option of less error and another, if need be,
+        to a cheaper one, that lower the sum of errors most: as the belief weighs errors, where sites did not interact.
+        """
+        sites, options = self._changes
+        errors = np.concatenate([self._seen.sweep(plans, site, size) for site, size in enumerate(self._sizes)], axis=1)
+        costs = np.concatenate([self.problem.sweep_overruns(plans, site) for site in range(len(self._sizes))], axis=1)
+        overruns, nothing = self.problem.overruns(plans), len(sites)  # the number of the change that changes nothing
+        same = options == plans[:, sites]
+        errors = np.where(same, 0.0, errors - self._seen.batch(plans)[:, None])
+        costs = np.where(same, 0.0, costs - overruns[:, None])
+        found = [plans[:0]]
+        for plan, error, cost, room in zip(plans, errors, costs, 1 - overruns, strict=True):
+            better, cheaper = np.flatnonzero(error < 0), np.append(np.flatnonzero(cost < 0), nothing)
+            total = error[better][:, None] + np.append(error, 0.0)[cheaper]
+            dear = cost[better][:, None] + np.append(cost, 0.0)[cheaper] > room
+            total[dear | (sites[better][:, None] == np.append(sites, -1)[cheaper])] = 0.0
+            best = np.argsort(total, axis=None, kind="stable")[:TRADES]
+            firsts, seconds = np.unravel_index(best[total.flat[best] < 0], total.shape)
+            traded = np.repeat(plan[None], len(firsts), axis=0)
+            for change in (better[firsts], cheaper[seconds]):
+                (rows,) = np.nonzero(change != nothing)
+                traded[rows, sites[change[rows]]] = options[change[rows]]
+            found.append(traded)
+        return self._legal(np.concatenate(found))
+
+    def _priced(self, plans: Vectors) -> Vectors:
+        """Plans drawn from some [M, sites] in which some branches and sites are decided anew, each at a price of time.
+
+        An exchange cannot bring a branch back: too many sites inside it have to become cheaper at once.
+        """
+        drawn = plans[self.rng.integers(len(plans), size=EPISODES)]
+        share = self.rng.random((EPISODES, 1)) ** 2
+        open_sites = (self.rng.random(drawn.shape) < share) @ self._tied
+        prices = self._price * np.exp(SPREAD * self.rng.normal(size=EPISODES))
+        return self._legal(self._settled(drawn, open_sites, prices))
+
+    def _settled(self, plans: Vectors, open_sites: NDArray[np.bool_], prices: NDArray[np.float64]) -> Vectors:
+        """Plans [N, sites] whose open sites [N, sites] one after another took the least error + price x cost, twice.
+
+        Branches come last: it is known then what they would be worth if they stayed.
+        """
+        branches = self.problem.inside.any(axis=1)
+        settled = np.where(open_sites & branches, 0, plans)
+        for site in [*np.flatnonzero(~branches), *np.flatnonzero(~branches), *np.flatnonzero(branches)]:
+            costs = self.problem.sweep_overruns(settled, site)
+            totals = self._seen.sweep(settled, site, costs.shape[1]) + prices[:, None] * costs
+            settled[:, site] = np.where(open_sites[:, site], totals.argmin(axis=1), settled[:, site])
+        return settled
+
+    @property
+    def _price(self) -> float:
+        """The least price at which all sites together meet the target, for the errors as they are believed."""
+        power = self.belief.power
+        if power not in self._prices:
+            ends = np.array([self.problem.dense, self.problem.cheapest], dtype=np.int64)
+            spans = [float(np.ptp(values)) for values in (self._seen.batch(ends), self.problem.overruns(ends))]
+            prices = PRICES * max(spans[0], 1e-9) / max(spans[1], 1e-9)
+            plans = self._settled(
+                np.repeat(ends[:1], len(prices), axis=0), np.ones((len(prices), ends.shape[1]), np.bool_), prices
+            )
+            enough = self.problem.all_feasible(plans)
+            self._prices[power] = float(prices[enough.argmax() if enough.any() else -1])
+        return self._prices[power]
+
+    @property
+    def _seen(self) -> Sum:
+        """The errors by the power that is believed in."""
+        return self.observer.problem.error
 
     def _legal(self, plans: Vectors) -> Vectors:
         """Those of some plans [N, sites] that meet the target, in their canonical form."""
-        whole = np.array([self.problem.canonical(plan) for plan in plans.tolist()], dtype=np.int64)
+        whole = np.array([self.problem.canonical(plan) for plan in plans.tolist()], dtype=np.int64).reshape(plans.shape)
         return whole[self.problem.all_feasible(whole)]
 
     def decode(self, anchors: Vectors, greedy: bool, curiosity: float = CURIOSITY) -> Vectors:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import zoo
 from torch import nn
 
 import graphprune as gp
@@ -61,9 +62,9 @@ def subject(name: str, seed: int = 0) -> Subject:
 
 
 def trained(name: str, options: argparse.Namespace, batch_size: int = 128) -> tuple[nn.Module, gp.Task]:
-    """A trained `cifar:<name>` and CIFAR-10, of a script's `weights`, `data` and (validation) `images`."""
+    """A trained network of `zoo.py` and CIFAR-10, of a script's `weights`, `data` and (validation) `images`."""
     task = gp.Task.load(f"cifar10:{options.data}", batch_size=batch_size, validation=options.images)
-    return models.create(f"cifar:{name}", options.weights / f"cifar10_{name}.safetensors"), task
+    return zoo.build(name, zoo.weights_of(name, [options.weights, zoo.TRAINED])), task
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

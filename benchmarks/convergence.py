@@ -2,11 +2,13 @@
 
     python benchmarks/convergence.py --data DIR --weights DIR [--models resnet20] [--agents dp,autosculpt,random]
 
-DATA is torchvision's CIFAR-10 folder or a folder of WebP sheets, WEIGHTS a folder with cifar10_<model>.safetensors. The
-target is half of the dense latency. All agents of a model share one study, so the same tables and the same latency
-correction, and a plan that two of them find is judged once. What counts is the validation accuracy of the best plan so
-far that meets the target (by prediction and, where it was measured, by measurement); the last column is the latency of
-the plan that each search returned, measured in a process of its own. No test set is read, nothing is fine-tuned.
+DATA is torchvision's CIFAR-10 folder or a folder of WebP sheets, WEIGHTS a folder with cifar10_<model>.safetensors;
+those that `train.py` has written are found by themselves. The target is half of the dense latency. All agents of a
+model share one study, so the same tables and the same latency correction, and a plan that two of them find is judged
+once. What counts is the validation accuracy of the best plan so far that meets the target (by prediction and, where it
+was measured, by measurement); the last column is the latency of the plan that each search returned, measured in a
+process of its own. No test set is read, nothing is fine-tuned.
+
 `autosculpt:scratch` starts without the pretrained policy; so do its ablations, each without one thing that it sees:
 `autosculpt:random-nodes`, `autosculpt:no-patterns`, `autosculpt:no-gnn`, `autosculpt:no-errors`. `amc:transfer`,
 `amc:augment` and `amc:assistant` are `amc` with one boost from history, `amc:transfer+augment` with two, `amc:boosted`
@@ -66,7 +68,7 @@ BOOSTS: dict[str, dict[str, bool]] = {
     "amc:boosted": {"transfer": True, "augment": True, "assistant": True},
 }
 """What `amc` takes from history, likewise."""
-EARLIER = {"resnet20": "resnet56", "resnet56": "resnet20"}
+EARLIER = {"resnet20": "resnet56", "resnet56": "resnet20", "vit": "resnet20"}
 """Model -> the one whose search is its history."""
 EARLIER_SEED = 1000
 SCRATCH = "amc"

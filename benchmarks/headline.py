@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--speedups", type=lambda text: [float(word) for word in _list(text)], default="1.5,2,3")
     made.add_argument("--seeds", type=int, default=3, help="seeds of the tuning, from 0 on")
     made.add_argument("--epochs", type=int, default=30, help="of the tuning")
+    made.add_argument("--rate", type=float, default=0.2, help="learning rate, as a share of that of a new network")
     made.add_argument("--short", type=int, default=1, help="epochs that choose among Torch-Pruning's settings")
     made.add_argument("--batch", type=int, default=128, help="images in a batch of the tuning")
     made.add_argument("--trials", type=int, default=200, help="of each search")

@@ -17,10 +17,10 @@ from graphprune.task import Task
 from graphprune.training import Checkpoint, Trained, fit
 
 
-def recipe_for(model: nn.Module, epochs: int, seed: int) -> Recipe:
-    """The same recipe for all, with teacher or without: half the learning rate of a new network."""
+def recipe_for(model: nn.Module, epochs: int, rate: float, seed: int) -> Recipe:
+    """The same recipe for all, with teacher or without, at a share `rate` of a new network's learning rate."""
     recipe = Recipe(epochs, seed=seed)
-    return replace(recipe, lr=recipe.optimizer_options(model, from_scratch=False)["lr"])
+    return replace(recipe, lr=rate * recipe.optimizer_options(model, from_scratch=True)["lr"])
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -66,9 +66,10 @@ class Tuner:
             return
         file.parent.mkdir(exist_ok=True)
         trained = self._fit(candidate, block, seed, self.options.epochs, file)
+        recipe = asdict(recipe_for(trained.model, self.options.epochs, self.options.rate, seed))
         facts = {
             "candidate": candidate.folder.name, "validation": trained.accuracy, "history": trained.history,
-            "recipe": asdict(recipe_for(trained.model, self.options.epochs, seed)), "batch": self.options.batch,
+            "recipe": recipe, "batch": self.options.batch,
             "images": self.options.images, "setting": str(trained.setting), "environment": environment(),
         }  # fmt: skip
         atomic.write_bytes(file, tensors.to_bytes(trained.model))
@@ -83,7 +84,7 @@ class Tuner:
             print(f"{name}: epoch {epoch}/{epochs}, loss {loss:.3f}, validation {accuracy:.2%}", flush=True)
 
         teacher = self.dense if block == "distilled" else None
-        recipe = recipe_for(model, epochs, seed)
+        recipe = recipe_for(model, epochs, self.options.rate, seed)
         trained = fit(model, self.task, recipe, teacher, Checkpoint(checkpoint, name), progress)
         checkpoint.unlink()
         return trained

@@ -82,6 +82,8 @@ class Runner:
 
     def _captured(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
         """The model as CUDA graphs; the statistics that it gathers meanwhile are forgotten."""
+        if silence := getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None):
+            silence(False)  # gradients are accumulated on another stream than they were captured on, which is meant
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         with torch.autocast("cuda", torch.bfloat16, enabled=self.setting.bfloat16, cache_enabled=False):
             whole = _FirstOutput(self.model)

@@ -2,6 +2,7 @@
 
 import tomllib
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from graphprune.agents import create
 from graphprune.agents.autosculpt import (
     AT_ONCE,
     SHIPPED,
+    TRADES,
     AutoSculpt,
     Search,
     fits,
@@ -133,19 +135,61 @@ def test_what_the_policy_decides_keeps_the_rest_and_is_legal() -> None:
     assert all(fitting)
 
 
-def test_variations_open_few_sites_at_a_time_and_exchanges_are_legal() -> None:
+def test_variations_open_few_sites_at_a_time() -> None:
     made = problem(3, sizes=(4,) * 20, limit=0.5)
     search = Search(made, np.random.default_rng(0), None)
-    plans = search.own_plans()
-    opened = search._opened(plans)
+    opened = search._opened(search.own_plans())
     assert ((opened < 0).sum(axis=1) >= 1).all()
     assert ((opened < 0).sum(axis=1) <= 3).all()
     assert (opened < 0).any(axis=0).sum() == AT_ONCE
-    exchanged = search._exchanged(plans)
-    assert len(exchanged) > 50
-    assert all(made.allows(plan) for plan in exchanged.tolist())
-    near = [min((np.array(plan) != own).sum() for own in plans) for plan in exchanged.tolist()]
-    assert max(near) == 2
+
+
+def test_trades_are_the_best_of_one_better_and_one_cheaper_option() -> None:
+    """By enumeration, where sites do not interact."""
+    made = problem(3, sizes=(4,) * 8, limit=0.5, pairs=False)
+    search = Search(made, np.random.default_rng(0), None)
+
+    def changed(plan: Choices) -> list[Choices]:
+        return [(*plan[:i], k, *plan[i + 1 :]) for i in range(len(plan)) for k in range(4) if k != plan[i]]
+
+    for start in map(tuple, search.own_plans()[:10].tolist()):
+        better = [plan for plan in changed(start) if made.error(plan) < made.error(start)]
+        pairs = [
+            other
+            for plan in better
+            for other in changed(plan)
+            if made.overrun(other) < made.overrun(plan) and sum(x != y for x, y in zip(other, start, strict=True)) == 2
+        ]
+        errors = sorted({made.error(plan) for plan in better + pairs if made.feasible(plan)})
+        expected = [error for error in errors if error < made.error(start) - 1e-12][:TRADES]
+        traded = search._traded(np.array([start]))
+        assert all(made.allows(plan) for plan in traded.tolist())
+        assert sorted({made.error(plan) for plan in traded.tolist()}) == pytest.approx(expected)
+
+
+def test_sites_settle_at_the_least_error_and_price() -> None:
+    """By enumeration, where sites do not interact; and inside a branch that is only worth its price when it is cut."""
+    prices = np.array([0.1, 1.0, 3.0, 10.0])
+    for made in (problem(3, sizes=(4,) * 6, pairs=False), with_branch(5)):
+        search, sites = Search(made, np.random.default_rng(0), None), len(made.decisions)
+        for start in (made.dense, made.cheapest):
+            plans = np.repeat(np.array([start]), len(prices), axis=0)
+            settled = search._settled(plans, np.ones(plans.shape, np.bool_), prices)
+            every = np.array(list(product(*(range(len(decision.options)) for decision in made.decisions))))
+            for plan, price in zip(settled, prices, strict=True):
+                least = (made.error.batch(every) + price * made.overruns(every)).min()
+                assert made.error(plan) + price * made.overrun(plan) == pytest.approx(least)
+            shut = np.zeros(plans.shape, np.bool_)
+            shut[:, 0] = True
+            assert (search._settled(plans, shut, prices)[:, 1:sites] == plans[:, 1:]).all()
+
+
+def test_the_first_plan_has_nearly_the_least_error() -> None:
+    """Among all plans, by enumeration, whatever the policy says; by exchanges alone a branch would not come back."""
+    for made in (problem(TOY), problem(7), problem(3, sizes=(3,) * 9, limit=0.5), with_branch(5)):
+        least = min(made.error(plan) for plan in feasible_plans(made))
+        bred = Search(made, np.random.default_rng(0), None).first_plans()
+        assert made.error.batch(bred).min() == pytest.approx(least)
 
 
 def test_a_branch_is_opened_and_grafted_with_what_is_inside() -> None:
