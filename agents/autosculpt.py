@@ -9,11 +9,11 @@ missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), 
 - it warms up in imagination, on episodes judged by the error table, before the first trial;
 - later episodes are judged by a belief that every record corrects; plans already evaluated count as they were; how
   large errors count beside small ones is believed too, and the policy sees the errors that way;
-- each round evaluates the most promising of the policy's own plans, its greedy decode, and plans bred in imagination:
-  generation by generation the policy decides a few sites of the most promising ones anew, sites are grafted from other
-  plans, traded against each other, or decided at a price of time; once from all that is known and once from plans drawn
-  at random, because a policy that has made up its mind finds no other way. What is open counts less and less as the
-  trials are spent.
+- each round evaluates the most promising of the policy's own plans, its greedy decode, and plans bred in imagination,
+  generation by generation from the most promising ones: thoroughly, where sites are traded against each other and
+  decided at a price of time, which finds what is believed to be best; and loosely, where the policy decides a few sites
+  anew and some are set to any options, once from all that is known and once from plans drawn at random, because belief
+  and policy that have made up their minds find no other way. What is open counts less and less as the trials are spent.
 """
 
 from dataclasses import replace
@@ -191,20 +191,22 @@ class Search:
         for power in POWERS:
             self.belief.power = power
             self._try(self.first_plans(), 1)
+            self._try(self.first_plans(thorough=False), 1)
         while stalls < STALLS:
             self._update()
             own = np.concatenate([self.decode(undecided, greedy=True), self.episodes.finished])
             wild = self.decode(np.repeat(undecided, EPISODES, axis=0), greedy=False, curiosity=1.0)
             known = np.concatenate([own, np.array(list(self.rewards))])
             tried = self._try(own, self.per_round // 4)
+            tried += self._try(self._breed(known, thorough=True), (self.per_round - tried) // 2)
             bred = np.concatenate([self._breed(known), self._breed(wild)])
             tried += self._try(bred, self.per_round - tried)
             stalls = 0 if tried else stalls + 1
 
-    def first_plans(self) -> Vectors:
+    def first_plans(self, thorough: bool = True) -> Vectors:
         """What to try first: the policy's own plans, and what is bred from them while nothing else is known."""
         own = self.own_plans()
-        return np.concatenate([own, self._breed(own, FIRST_GENERATIONS)])
+        return np.concatenate([own, self._breed(own, FIRST_GENERATIONS, thorough)])
 
     def own_plans(self) -> Vectors:
         """The policy's greedy plan, then what it draws."""
@@ -217,13 +219,19 @@ class Search:
         """Deviations that count for a plan: fewer and fewer, since what is learnt at the end is of no use any more."""
         return EXPLORATION * self.problem.remaining / max(self.problem.trials, 1)
 
-    def _breed(self, plans: Vectors, generations: int = GENERATIONS) -> Vectors:
-        """What becomes of some plans if, believed to be good, they are varied: [M, sites]."""
+    def _breed(self, plans: Vectors, generations: int = GENERATIONS, thorough: bool = False) -> Vectors:
+        """What becomes of some plans if, believed to be good, they are varied: [M, sites].
+
+        Where that is thorough, they come to be the best that is believed in, and much alike; else they stay different.
+        """
         bred = pool = np.unique(plans, axis=0)
         for _ in range(generations):
             pool = pool[np.argsort(-promise(self.belief, pool, self.exploration), kind="stable")[:ELITES]]
-            varied = [self.decode(self._opened(pool), greedy=False), self._grafted(pool, plans)]
-            varied += [self._traded(pool[:TRADERS]), self._priced(pool)]
+            varied = [self._grafted(pool, plans)]
+            if thorough:
+                varied += [self._traded(pool[:TRADERS]), self._priced(pool)]
+            else:
+                varied += [self._exchanged(pool), self.decode(self._opened(pool), greedy=False)]
             pool = np.unique(np.concatenate([pool, *varied]), axis=0)
             bred = np.concatenate([bred, pool])
         return bred
@@ -248,6 +256,14 @@ class Search:
             taken = self._tied[sites].any(axis=0)
             plan[taken] = donors[self.rng.integers(len(donors)), taken]
         return self._legal(grafted)
+
+    def _exchanged(self, plans: Vectors) -> Vectors:
+        """Plans drawn from some [M, sites] with one or two sites set to any options, if that meets the target."""
+        varied = plans[self.rng.integers(len(plans), size=8 * EPISODES)]
+        for _ in range(2):
+            sites = self.rng.integers(varied.shape[1], size=len(varied))
+            varied[np.arange(len(varied)), sites] = (self.rng.random(len(varied)) * self._sizes[sites]).astype(np.int64)
+        return self._legal(varied)
 
     def _traded(self, plans: Vectors) -> Vectors:
         """For each of some plans [N, sites] those with one site set to an option of less error and another, if need be,
@@ -349,7 +365,11 @@ class Search:
         return actions
 
     def _try(self, plans: Vectors, count: int) -> int:
-        """Evaluate the `count` most promising new plans, each chosen as if the others were known; returns how many."""
+        """Evaluate the `count` most promising new plans, each chosen as if the others were known; returns how many.
+
+        All of them meet the target by prediction: where a measurement says otherwise, by however much, it is noisy, and
+        a reward of nothing would make plans like this one look bad. So there is no end to the band.
+        """
         fresh = np.array(list(dict.fromkeys(plan for plan in map(tuple, plans.tolist()) if plan not in self.rewards)))
         if not len(fresh):
             return 0
@@ -360,7 +380,7 @@ class Search:
             belief, fresh = belief.supposing(fresh[[best]]), np.delete(fresh, best, axis=0)
         values = []
         for plan in map(tuple, chosen.tolist()):
-            self.rewards[plan] = reward(self.problem, self.problem.evaluate(plan), plan)
+            self.rewards[plan] = reward(self.problem, self.problem.evaluate(plan), plan, band=np.inf)
             values.append(self.rewards[plan])
         self.belief.learn(chosen, np.array(values))
         return len(chosen)

@@ -24,8 +24,8 @@ BOUND = 10.0
 Observation = dict[str, NDArray[Any]]
 
 
-def reward(problem: Problem, record: Record, choices: tuple[int, ...]) -> float:
-    """Accuracy inside 5 % of the budget, minus what the budget is overrun by; -1 for a plan that failed.
+def reward(problem: Problem, record: Record, choices: tuple[int, ...], band: float = BAND) -> float:
+    """Accuracy inside a band around the budget (5 %), minus what the budget is overrun by; -1 for a plan that failed.
 
     The overrun is the predicted one or, where it is larger, the measured one. AutoSculpt also withholds the accuracy
     of plans more than 5 % *below* the budget; here being faster than asked is no fault.
@@ -35,7 +35,7 @@ def reward(problem: Problem, record: Record, choices: tuple[int, ...]) -> float:
     overrun = problem.overrun(choices)
     if record.measured is not None and "latency" in problem.limits:
         overrun = max(overrun, record.measured.value / problem.limits["latency"])
-    accuracy = record.accuracy if overrun <= 1 + BAND else 0.0
+    accuracy = record.accuracy if overrun <= 1 + band else 0.0
     return max(FAILURE, accuracy - max(0.0, overrun - 1))
 
 

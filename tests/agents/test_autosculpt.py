@@ -135,13 +135,19 @@ def test_what_the_policy_decides_keeps_the_rest_and_is_legal() -> None:
     assert all(fitting)
 
 
-def test_variations_open_few_sites_at_a_time() -> None:
+def test_variations_open_few_sites_at_a_time_and_exchanges_are_legal() -> None:
     made = problem(3, sizes=(4,) * 20, limit=0.5)
     search = Search(made, np.random.default_rng(0), None)
-    opened = search._opened(search.own_plans())
+    plans = search.own_plans()
+    opened = search._opened(plans)
     assert ((opened < 0).sum(axis=1) >= 1).all()
     assert ((opened < 0).sum(axis=1) <= 3).all()
     assert (opened < 0).any(axis=0).sum() == AT_ONCE
+    exchanged = search._exchanged(plans)
+    assert len(exchanged) > 50
+    assert all(made.allows(plan) for plan in exchanged.tolist())
+    near = [min((np.array(plan) != own).sum() for own in plans) for plan in exchanged.tolist()]
+    assert max(near) == 2
 
 
 def test_trades_are_the_best_of_one_better_and_one_cheaper_option() -> None:
@@ -233,7 +239,7 @@ def test_the_first_trials_try_every_power_and_exploration_ends_with_the_trials()
     assert search.exploration == EXPLORATION
     with pytest.raises(BudgetSpent):
         search.spend()
-    assert tuple(powers[: len(POWERS)]) == POWERS
+    assert tuple(powers[: 2 * len(POWERS) : 2]) == tuple(powers[1 : 2 * len(POWERS) : 2]) == POWERS
     assert search.exploration == 0
 
 
