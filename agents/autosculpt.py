@@ -198,8 +198,7 @@ class Search:
             wild = self.decode(np.repeat(undecided, EPISODES, axis=0), greedy=False, curiosity=1.0)
             known = np.concatenate([own, np.array(list(self.rewards))])
             tried = self._try(own, self.per_round // 4)
-            tried += self._try(self._breed(known, thorough=True), (self.per_round - tried) // 2)
-            bred = np.concatenate([self._breed(known), self._breed(wild)])
+            bred = np.concatenate([self._breed(known, thorough=True), self._breed(known), self._breed(wild)])
             tried += self._try(bred, self.per_round - tried)
             stalls = 0 if tried else stalls + 1
 

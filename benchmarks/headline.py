@@ -53,6 +53,9 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--images", type=int, help="tune on so many images only (to try the script)")
     made.add_argument("--validation", type=int, help="validation images (to try the script)")
     made.add_argument("--test-images", type=int, help="read so many test images only (to try the script)")
+    made.add_argument(
+        "--unmeasured", action="store_true", help="leave latencies to a later `table`, on a quiet machine"
+    )
     made.add_argument("--work", type=Path, default=Path("headline_work"), help="folder for what the stages share")
     made.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     options = made.parse_args()

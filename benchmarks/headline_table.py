@@ -59,6 +59,10 @@ class Results:
     def add(self, entry: Entry) -> None:
         """Keep an entry."""
         self.entries.append(entry)
+        self.write(entry)
+
+    def write(self, entry: Entry) -> None:
+        """Write all entries, and print the one that is new."""
         body = {"entries": self.entries, "environment": environment()}
         atomic.write_text(self.file, json.dumps(body, indent=1) + "\n")
         print(line([entry]), flush=True)
@@ -90,24 +94,24 @@ class Judge:
         outputs = [torch.from_numpy(run({name: inputs.numpy()})[0]) for inputs, _ in batches]
         return top1(torch.cat(outputs), torch.cat([targets for _, targets in batches if targets is not None]))
 
-    def facts(self, file: Path) -> Entry:
-        """Both."""
-        return {"test": self.test(file), "share": asdict(self.share(file)), "bytes": file.stat().st_size}
-
 
 def input_name(file: Path) -> str:
     """The name of an ONNX file's only input."""
     return str(onnx.load(file, load_external_data=False).graph.input[0].name)
 
 
-def settings_of(row: Row, options: argparse.Namespace) -> Iterator[tuple[str, int | None, Path | None]]:
-    """(block, seed, weights) of each entry of a row: what was tuned, and what a user gets without any tuning."""
-    if row.facts["method"] in ("dense", "sibling"):
-        yield "untuned", None, None
+def settings_of(
+    row: Row, options: argparse.Namespace
+) -> Iterator[tuple[Candidate | None, str, int | None, Path | None]]:
+    """(candidate, block, seed, weights) of each entry of a row: what a user gets without tuning, and what was tuned.
+
+    Among several candidates the one that validates best before tuning is what a user without it would take.
+    """
+    yield (row.usable or [None])[0], "untuned", None, None
     for block in row.blocks:
         for seed in range(options.seeds):
             if row.tuned(block, seed).with_suffix(".json").exists():
-                yield block, seed, row.tuned(block, seed)
+                yield row.chosen, block, seed, row.tuned(block, seed)
 
 
 class Publisher:
@@ -124,31 +128,43 @@ class Publisher:
 
     def row(self, row: Row) -> None:
         """Every entry of a row that is not there yet."""
-        candidate = row.chosen
-        if candidate is None:
-            return
-        for block, seed, weights in settings_of(row, self.options):
-            facts = {key: candidate.facts[key] for key in ("model", "method", "speedup", "variant")}
-            self.entry(row, candidate, facts | {"block": block, "seed": seed}, weights)
+        entries = list(settings_of(row, self.options))
+        for candidate, block, seed, weights in entries:
+            if candidate is not None:
+                facts = {key: candidate.facts[key] for key in ("model", "method", "speedup", "variant")}
+                whole = facts["method"] in QUANTISED and block == ("distilled" if len(entries) > 1 else "untuned")
+                self.entry(row, candidate, facts | {"block": block, "seed": seed}, weights, whole)
 
-    def entry(self, row: Row, candidate: Candidate, facts: Entry, weights: Path | None) -> None:
-        """A network, and its int8 version where that is asked for."""
-        whole = facts["method"] in QUANTISED and facts["block"] != "labels" and "int8" in self.options.methods
+    def entry(self, row: Row, candidate: Candidate, facts: Entry, weights: Path | None, both: bool) -> None:
+        """A network, and its int8 version if `both` are wanted."""
+        whole = both and "int8" in self.options.methods
         small = facts | {"method": f"int8 of {facts['method']}"}
         left = [one for one in (facts, small) if not self.results.has(**one) and (one is facts or whole)]
         if not left:
             return
-        file = row.folder / "exported.onnx"
+        file = row.folder / f"{facts['block']}-{facts['seed']}.onnx"
         model = candidate.network(weights)
         export_onnx(model, file, self.task.example_inputs)
         more = {"plan": candidate.plan, **asdict(count(model, self.task.example_inputs)), **_tuning(weights)}
         if facts in left:
-            self.results.add(facts | self.judge.facts(file) | more)
+            self.results.add(facts | self.judged(file) | more)
             self.ship(facts, file)
         if small in left:
-            quantised = row.folder / "int8.onnx"
+            quantised = file.with_suffix(".int8.onnx")
             quantise(file, self.task.calibration, input_name(file), quantised)
-            self.results.add(small | self.judge.facts(quantised) | more)
+            self.results.add(small | self.judged(quantised) | more)
+
+    def judged(self, file: Path) -> Entry:
+        """What is known of an entry before it is measured."""
+        own = str(file.relative_to(self.options.work))
+        return {"file": own, "test": self.judge.test(file), "share": None, "bytes": file.stat().st_size}
+
+    def measure(self) -> None:
+        """Measure what is not measured yet."""
+        for entry in self.results.entries:
+            if entry["share"] is None:
+                entry["share"] = asdict(self.judge.share(self.options.work / entry["file"]))
+                self.results.write(entry)
 
     def ship(self, facts: Entry, file: Path) -> None:
         """Keep the file of our first seed at the speed-up that `check` looks at."""
@@ -180,9 +196,11 @@ def table(options: argparse.Namespace) -> None:
         publisher = Publisher(name, options) if found else None
         for row in found if publisher else ():
             publisher.row(row)  # type: ignore[union-attr]
+        if publisher and not options.unmeasured:
+            publisher.measure()
         entries += Results.of(name, options.out).entries
     print(markdown(entries))
-    if entries:
+    if entries and not options.unmeasured:
         draw(entries, result_file("headline", options.out).with_suffix(".png"))
 
 
@@ -196,12 +214,12 @@ def check(options: argparse.Namespace) -> None:
                 continue
             dense = options.work / name / "dense.onnx"
             export_onnx(zoo.build(name, zoo.weights_of(name, options.weights)), dense, task.example_inputs)
-            found = Judge(task, dense).facts(file)
-            speedups = 1 / entry["share"]["value"], 1 / found["share"]["value"]
-            holds = found["test"] == entry["test"] and speedups[1] > speedups[0] * (1 - SLACK)
+            judge = Judge(task, dense)
+            test, speedups = judge.test(file), (1 / entry["share"]["value"], 1 / judge.share(file).value)
+            holds = test == entry["test"] and speedups[1] > speedups[0] * (1 - SLACK)
             broken += not holds
             words = "holds" if holds else "DOES NOT HOLD"
-            print(f"{file.name}: {found['test']:.2%} ({entry['test']:.2%}), "
+            print(f"{file.name}: {test:.2%} ({entry['test']:.2%}), "
                   f"{speedups[1]:.2f}x ({speedups[0]:.2f}x) {words}", flush=True)  # fmt: skip
     if broken:
         raise SystemExit(1)
@@ -236,8 +254,9 @@ def line(entries: Sequence[Entry]) -> str:
     target = f"{first['speedup']:g}x" if first["speedup"] else "own"
     scores = [entry["test"] for entry in entries]
     spread = f" ({100 * min(scores):.2f} to {100 * max(scores):.2f}, {len(scores)} seeds)" if len(scores) > 1 else ""
-    share = sorted((entry["share"] for entry in entries), key=lambda share: share["value"])[len(entries) // 2]
-    speed = f"{1 / share['value']:.2f}x ({1 / share['high']:.2f} to {1 / share['low']:.2f})"
+    shares = sorted((share for entry in entries if (share := entry["share"])), key=lambda share: share["value"])
+    share = shares[len(shares) // 2] if shares else None
+    speed = f"{1 / share['value']:.2f}x ({1 / share['high']:.2f} to {1 / share['low']:.2f})" if share else "unmeasured"
     name = f"{first['method']}, {first['variant']}" if first["variant"] else first["method"]
     sizes = f"{first['flops'] / 1e6:.1f} M | {first['params'] / 1e3:.0f} k"
     return (
