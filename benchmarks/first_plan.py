@@ -2,11 +2,12 @@
 
     python benchmarks/first_plan.py --data DIR --weights DIR [--models resnet20] [--agents uniform,magnitude,autosculpt]
 
-DATA is torchvision's CIFAR-10 folder or a folder of WebP sheets, WEIGHTS a folder with cifar10_<model>.safetensors.
-Every agent gets one trial, all on one study, so on the same tables, the same latency correction and the same images:
-at `LATENCY` of the dense latency, on 500 validation images. `dp` beside them is what the tables alone give. The
-agents' own latency is predicted in the search and measured in a process of its own at its end. No test set is read,
-nothing is fine-tuned. Writes `results/first_plan-<engine>-1t-<processor>.json`, model by model.
+DATA is torchvision's CIFAR-10 folder or a folder of WebP sheets, WEIGHTS a folder with cifar10_<model>.safetensors;
+those that `train.py` has written are found by themselves. Every agent gets one trial, all on one study, so on the same
+tables, the same latency correction and the same images: at `LATENCY` of the dense latency, on 500 validation images.
+`dp` beside them is what the tables alone give. The agents' own latency is predicted in the search and measured in a
+process of its own at its end. No test set is read, nothing is fine-tuned. Writes
+`results/first_plan-<engine>-1t-<processor>.json`, model by model.
 """
 
 import argparse
@@ -16,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import zoo
 from common import result_file
 from equal_latency import first_images
 
 import graphprune as gp
-from graphprune import models
 from graphprune.machine import environment
 
 LATENCY = 0.5
@@ -41,7 +42,7 @@ def arguments() -> argparse.Namespace:
 
 def first_plan(model: str, agent: str, task: gp.Task, options: argparse.Namespace) -> Line:
     """One search of one trial."""
-    dense = models.create(f"cifar:{model}", options.weights / f"cifar10_{model}.safetensors")
+    dense = zoo.build(model, zoo.weights_of(model, [options.weights, zoo.TRAINED]))
     start = time.perf_counter()
     study = options.work / f"{model}.db"
     found = gp.search(dense, task, gp.Target(latency=LATENCY), agent, trials=1, study=study)

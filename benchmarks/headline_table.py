@@ -35,6 +35,8 @@ SHIPPED_SPEEDUP, SHIPPED_BYTES = 2.0, 5 * 2**20
 """The ONNX file of our rows at this speed-up is kept, if it is no larger."""
 SLACK = 0.05
 """What a machine's speed-up may differ by when `check` measures it again."""
+SHOWN = 15
+"""Points of accuracy below the best network that a picture shows."""
 Entry = dict[str, Any]
 """A network that was judged: model, method, speedup, block, seed, test, validation, share, flops, params, ..."""
 
@@ -288,13 +290,18 @@ def draw(entries: Sequence[Entry], file: Path) -> None:
     handles: dict[str, Any] = {}
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for method, colour in METHODS.items():
-            if own := points([entry for entry in entries if entry["model"] == name], method):
-                dashes = "--" if method.startswith("int8") else "-"
+            every = [entry for entry in entries if (entry["model"], entry["method"]) == (name, method)]
+            if own := points(every, method):
+                tuned = any(entry["block"] == "distilled" for entry in every)
                 handles[method] = axes.plot(
-                    *zip(*own, strict=True), marker="o", markersize=5, color=colour, linestyle=dashes
-                )[0]
+                    *zip(*own, strict=True), marker="o", markersize=6, color=colour,
+                    linestyle="--" if method.startswith("int8") else "-", markerfacecolor=colour if tuned else "white",
+                )[0]  # fmt: skip
+        top = max(100 * entry["test"] for entry in entries if entry["model"] == name)
         axes.set(title=name, xlabel="measured latency, share of dense", ylabel="test top-1, %", xlim=(0, 1.05))
+        axes.set_ylim(max(axes.get_ylim()[0], top - SHOWN), top + 1)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("filled: fine-tuned; open: not fine-tuned", fontsize=10)
     figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(file, dpi=130)
