@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,13 +88,12 @@ class Runner:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.setting.bfloat16, cache_enabled=False):
             whole = _FirstOutput(self.model)
             whole.training = self.model.training
-            graph: Callable[[Tensor], Tensor] = torch.cuda.make_graphed_callables(
-                whole, (inputs.clone(memory_format=torch.preserve_format),), allow_unused_input=True
-            )
+            own = inputs.clone(memory_format=torch.preserve_format)
+            graph = torch.cuda.make_graphed_callables(whole, (own,), allow_unused_input=True)
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(before[name])
-        return graph
+        return cast(Callable[[Tensor], Tensor], graph)
 
 
 class _FirstOutput(nn.Module):
@@ -118,7 +117,7 @@ def fastest(model: nn.Module, inputs: Tensor) -> Setting:
     plain = Setting.plain()
     captured = plain.device == "cuda"
     batch = inputs if captured else inputs[:TIMED_IMAGES]
-    others = [Setting(plain.device, *how, captured) for how in product((False, True), repeat=2)]
+    others = [Setting(plain.device, layout, low, captured) for layout, low in product((False, True), repeat=2)]
     seconds = {setting: _step_seconds(setting, model, batch) for setting in dict.fromkeys((plain, *others))}
     best = min(seconds, key=seconds.__getitem__)
     return best if seconds[best] * MARGIN < seconds[plain] else plain
