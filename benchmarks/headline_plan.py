@@ -56,7 +56,7 @@ class Planner:
         wanted = self.options.methods
         self.keep_whole("dense", self.dense.name)
         for sibling in zoo.NETWORKS[self.dense.name].siblings if "sibling" in wanted else ():
-            if zoo.is_trained(sibling, self.options.weights):
+            if zoo.trained_weights(sibling, self.options.weights):
                 self.keep_whole("sibling", sibling)
             else:
                 say(self.dense.name, f"no row for the sibling {sibling}: it is not trained")

@@ -131,17 +131,17 @@ class Publisher:
     def row(self, row: Row) -> None:
         """Every entry of a row that is not there yet."""
         entries = list(settings_of(row, self.options))
+        quantised = "distilled" if len(entries) > 1 else "untuned"
         for candidate, block, seed, weights in entries:
             if candidate is not None:
                 facts = {key: candidate.facts[key] for key in ("model", "method", "speedup", "variant")}
-                whole = facts["method"] in QUANTISED and block == ("distilled" if len(entries) > 1 else "untuned")
-                self.entry(row, candidate, facts | {"block": block, "seed": seed}, weights, whole)
+                both = "int8" in self.options.methods and facts["method"] in QUANTISED and block == quantised
+                self.entry(row, candidate, facts | {"block": block, "seed": seed}, weights, both)
 
     def entry(self, row: Row, candidate: Candidate, facts: Entry, weights: Path | None, both: bool) -> None:
         """A network, and its int8 version if `both` are wanted."""
-        whole = both and "int8" in self.options.methods
         small = facts | {"method": f"int8 of {facts['method']}"}
-        left = [one for one in (facts, small) if not self.results.has(**one) and (one is facts or whole)]
+        left = [one for one in (facts, small) if not self.results.has(**one) and (one is facts or both)]
         if not left:
             return
         file = row.folder / f"{facts['block']}-{facts['seed']}.onnx"

@@ -78,18 +78,15 @@ def build(name: str, weights: Path | None = None) -> nn.Module:
 
 def weights_of(name: str, folders: Sequence[Path]) -> Path:
     """The first file `cifar10_<name>.safetensors` in some folders. Ends the script where there is none."""
-    if not is_trained(name, folders):
+    if (file := trained_weights(name, folders)) is None:
         raise SystemExit(f"no trained {name} in {', '.join(map(str, folders))}: run `train.py --model {name}` first")
-    return next(file for file in _files(name, folders) if file.exists())
+    return file
 
 
-def is_trained(name: str, folders: Sequence[Path]) -> bool:
-    """Whether there is such a file."""
-    return any(file.exists() for file in _files(name, folders))
-
-
-def _files(name: str, folders: Sequence[Path]) -> list[Path]:
-    return [folder / f"cifar10_{name}.safetensors" for folder in folders]
+def trained_weights(name: str, folders: Sequence[Path]) -> Path | None:
+    """The same file, None where there is none."""
+    files = (folder / f"cifar10_{name}.safetensors" for folder in folders)
+    return next((file for file in files if file.exists()), None)
 
 
 def settings(name: str) -> dict[str, Any]:
