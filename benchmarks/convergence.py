@@ -206,6 +206,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     models = list(dict.fromkeys(line["model"] for line in lines))
     agents = list(dict.fromkeys(line["agent"] for line in lines))
     shown = {title: own for title, belongs in FAMILIES.items() if len(own := list(filter(belongs, agents))) > 1}
+    shown = shown or {"one agent": agents}
     figure = Figure(figsize=(6.4 * len(models), 4.6 * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), len(models), squeeze=False)
     for (row, (title, own)), (column, model) in product(enumerate(shown.items()), enumerate(models)):
@@ -253,10 +254,11 @@ def main() -> None:
             line = search(model, agent, seed, options)
             Rows(file).add(line)
             print(f"{model} {agent} seed {seed}: {curve(line)[-1]:.2%}, {line['seconds']:.0f} s", flush=True)
-    lines = [line for line in Rows(file).rows if setting.items() <= line.items()]
-    write(lines)
-    print(table(lines))
-    print(sooner(lines))
+    lines = Rows(file).rows
+    own = [line for line in lines if setting.items() <= line.items()]
+    write(lines, own)
+    print(table(own))
+    print(sooner(own))
 
 
 def published() -> list[Line]:
@@ -265,12 +267,12 @@ def published() -> list[Line]:
     return list(json.loads(file.read_text())["searches"]) if file.exists() else []
 
 
-def write(lines: Sequence[Line]) -> None:
-    """The results so far."""
+def write(lines: Sequence[Line], drawn: Sequence[Line]) -> None:
+    """The results so far, and a picture of those with one number of trials."""
     body = {"latency": LATENCY, "searches": list(lines), "environment": environment()}
     file = result_file("convergence")
     file.write_text(json.dumps(body, indent=1) + "\n")
-    plot(lines, file.with_suffix(".png"))
+    plot(drawn, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

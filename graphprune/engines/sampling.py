@@ -6,6 +6,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from graphprune.errors import InputError, StepError
 SAMPLE_SECONDS = 1e-3
 """A sample is the mean of as many runs as take this long, so that the clock and a single interrupt weigh little."""
 
+ATTEMPTS = 6
+"""How often a sample is taken at most, where other processes take the processor away while it is."""
+
 SEED = 0
 """Of the random inputs and of the order of models in a round."""
 
@@ -29,7 +33,8 @@ def interleaved(load: Callable[[Model], Run], models: Sequence[Model], rounds: i
     """Time models in turns, in an order that is shuffled anew (with a fixed seed) in each round.
 
     A sample is the mean of enough runs to take about a millisecond, after one untimed run that brings the model's own
-    weights back into the caches, as in deployment. A model that fails, in `load` too, gets a Timing with the error.
+    weights back into the caches, as in deployment; one during which this process had to give way to another is taken
+    again. A model that fails, in `load` too, gets a Timing with the error.
     """
     timers = [_Timer.start(load, model) for model in models]
     order = random.Random(SEED)
@@ -66,18 +71,40 @@ class _Timer:
         """Take one sample; after an error nothing is run any more."""
         if self.run is None or self.error is not None:
             return
+        attempts: list[float] = []
         try:
-            self.run()
-            start = time.perf_counter()
-            for _ in range(self.runs):
-                self.run()
-            self.samples += ((time.perf_counter() - start) / self.runs,)
+            while len(attempts) < ATTEMPTS:
+                disturbed, seconds = _timed(self.run, self.runs)
+                attempts.append(seconds)
+                if not disturbed:
+                    self.samples += (seconds,)
+                    return
+            self.samples += (min(attempts),)  # to wait for the processor only ever adds
         except StepError as error:
             self.error = str(error)
 
     @property
     def timing(self) -> Timing:
         return Timing(self.samples) if self.error is None else Timing(error=self.error)
+
+
+def _timed(run: Run, runs: int) -> tuple[bool, float]:
+    """Whether another process got the processor meanwhile, and the seconds of one of several runs after a first one."""
+    run()
+    before, start = _preemptions(), time.perf_counter()
+    for _ in range(runs):
+        run()
+    seconds = (time.perf_counter() - start) / runs
+    return _preemptions() > before, seconds
+
+
+def _preemptions() -> int:
+    """How often this process had to give way to others so far; 0 where the system does not tell (Windows)."""
+    with suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    return 0
 
 
 def random_values(

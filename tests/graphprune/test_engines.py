@@ -160,12 +160,18 @@ class Clock:
         self.seconds = seconds
         self.now = 0.0
         self.runs: list[bytes] = []
+        self.taken_away: set[int] = set()
+        """Runs (by number) during which another process gets the processor for a second."""
+        self.preemptions = 0
 
     def perf_counter(self) -> float:
         return self.now
 
     def session(self, model: bytes, *_: Any, **__: Any) -> Any:
         def run(_outputs: None, _inputs: object) -> list[Any]:
+            if len(self.runs) in self.taken_away:
+                self.now += 1
+                self.preemptions += 1
             self.now += self.seconds[model]
             self.runs.append(model)
             return []
@@ -178,6 +184,7 @@ def test_samples_are_long_enough_interleaved_and_shuffled(monkeypatch: pytest.Mo
     clock = Clock(seconds)
     monkeypatch.setattr(module.onnxruntime, "InferenceSession", clock.session)
     monkeypatch.setattr(sampling, "time", clock)
+    monkeypatch.setattr(sampling, "_preemptions", lambda: 0)
     timings = OnnxRuntimeEngine().measure(list(seconds), rounds=40)
     assert [timing.samples for timing in timings] == [(value,) * 40 for value in seconds.values()]
     # One untimed run, then as many as take at least a millisecond.
@@ -189,6 +196,28 @@ def test_samples_are_long_enough_interleaved_and_shuffled(monkeypatch: pytest.Mo
     assert len(rounds) == 40
     assert rounds == [[model for model in order for _ in range(block[model])] for order in orders]
     assert set(orders) == set(itertools.permutations(seconds))
+
+
+@pytest.mark.parametrize(
+    ("disturbed", "expected"), [(1, 0.0), (sampling.ATTEMPTS - 1, 0.0), (sampling.ATTEMPTS, 1.0)]
+)
+def test_a_sample_during_which_the_processor_was_taken_away_is_taken_again(
+    disturbed: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds, warm_up = 2.0**-9, 4
+    clock = Clock({b"model": seconds})
+    clock.taken_away = {warm_up + 1 + 2 * take for take in range(disturbed)}  # a take is an untimed run and a timed one
+    monkeypatch.setattr(module.onnxruntime, "InferenceSession", clock.session)
+    monkeypatch.setattr(sampling, "time", clock)
+    monkeypatch.setattr(sampling, "_preemptions", lambda: clock.preemptions)
+    (timing,) = OnnxRuntimeEngine().measure([b"model"], rounds=3)
+    assert timing.samples == (expected + seconds, seconds, seconds)
+
+
+def test_giving_way_to_others_is_counted() -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    assert before <= sampling._preemptions() <= resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def test_the_processor_is_named() -> None:

@@ -136,6 +136,16 @@ def test_a_missed_target_is_said_and_the_nearest_plan_comes_back() -> None:
     assert result.record.predicted["latency"] == min(r.predicted["latency"] for r in result.records if r.accuracy)
 
 
+def test_a_plan_that_just_misses_the_target_is_cut_a_little_more() -> None:
+    result = run(Target(latency=0.6), agent="dp", trials=1, engine=SlowAtTheEnd(factor=1.1))
+    (tried,) = result.records
+    assert result.met
+    assert result.record.measured is not None
+    assert result.record.measured.high <= 0.6
+    assert 0.7 * tried.predicted["latency"] < result.record.predicted["latency"] < tried.predicted["latency"]
+    assert result.record.accuracy == task().accuracy(result.model)
+
+
 @dataclass
 class UnsteadyAtTheEnd(FakeEngine):
     """Of the first measurement of a candidate that is verified, two samples in five are three times as long."""
