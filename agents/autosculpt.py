@@ -7,8 +7,9 @@ missed budgets, gamma 1 (the paper's 0.9 would hide the end of a long episode), 
 
 - the policy comes trained (`benchmarks/pretrain.py`: random small networks, machines and budgets, in imagination);
 - it warms up in imagination, on episodes judged by the error table, before the first trial;
-- later episodes are judged by a belief that every record corrects; plans already evaluated count as they were; how
-  large errors count beside small ones is believed too, and the policy sees the errors that way;
+- later episodes are judged by a belief that every record corrects; plans already evaluated count as they were;
+- some trials go to plans that are best for errors drawn from what is believed of them (Thompson 1933): fewer and fewer,
+  since what is learnt at the end is of no use any more;
 - each round evaluates the most promising of the policy's own plans, its greedy decode, and plans bred in imagination,
   generation by generation from the most promising ones: thoroughly, where sites are traded against each other and
   decided at a price of time, which finds what is believed to be best; and loosely, where the policy decides a few sites
@@ -24,13 +25,13 @@ from numpy.typing import NDArray
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
 
-from graphprune.agents.belief import EXPLORATION, POWERS, Belief, promise
+from graphprune.agents.belief import EXPLORATION, Belief, promise
 from graphprune.agents.encoder import ALL, PairPolicy, Sight
 from graphprune.agents.episodes import Episodes
 from graphprune.agents.policies import Learner, Weights, adopt, read_policy, reproducible, weights_of
 from graphprune.agents.wall import only_plan
 from graphprune.environment import Observer, reward
-from graphprune.problem import Choices, Factor, Problem, Sum
+from graphprune.problem import ROUNDING, Choices, Problem, Sum
 
 EPISODES = 64
 """Episodes per PPO update."""
@@ -59,15 +60,18 @@ PRICES = np.geomspace(1e-3, 1e3, 60)
 """Prices of time that are looked at, relative to error per cost from the dense to the cheapest plan."""
 SPREAD = 0.3
 """Standard deviation of the logarithm of the prices at which plans are varied."""
+DREAMS = 0.75
+"""Share of a round's trials, at the beginning, that goes to plans for errors drawn from what is believed of them."""
+LEAST_WRONG = 0.01
+"""A share of wrong answers below which plans are not told apart."""
 CURIOSITY = 0.5
 """Chance that an open site of a variation is drawn uniformly instead of from the policy, which soon is too sure."""
 Vectors = NDArray[np.int64]
 
 
-def through(problem: Problem, power: float) -> Problem:
-    """The problem as it is seen where the layers' errors count by a power of theirs."""
-    raised = (Factor(own.sites, np.sign(own.table) * np.abs(own.table) ** power) for own in problem.error.factors)
-    return replace(problem, error=Sum(problem.error.constant, tuple(raised)))
+def merit(reward: float) -> float:
+    """Minus the logarithm of the share of wrong answers: a line over the logarithm of the layers' errors."""
+    return -float(np.log(max(1 - reward, LEAST_WRONG)))
 
 
 def fits(weights: Weights, problem: Problem) -> bool:
@@ -123,8 +127,8 @@ class Search:
     def __init__(self, problem: Problem, rng: np.random.Generator, weights: Weights | None, sight: Sight = ALL) -> None:
         self.problem = problem
         self.rng = rng
-        self.observers = {power: Observer(through(problem, power)) for power in POWERS}
         self.belief = Belief(problem)
+        self.observer = Observer(replace(problem, error=self.belief.error))
         self.rewards: dict[Choices, float] = {}
         self.per_round = max(4, problem.trials // ROUNDS)
         self._sizes = np.array([len(decision.options) for decision in problem.decisions])
@@ -132,7 +136,6 @@ class Search:
             np.repeat(np.arange(len(self._sizes)), self._sizes),
             np.concatenate(list(map(np.arange, self._sizes))),
         )
-        self._prices: dict[float, float] = {}
         self._tied = problem.inside | np.eye(len(problem.decisions), dtype=np.bool_)
         self.episodes = Episodes(self.observer, EPISODES, self.judge)
         with reproducible(rng):
@@ -154,11 +157,6 @@ class Search:
             if weights is not None:
                 adopt(self.ppo.policy, weights)
 
-    @property
-    def observer(self) -> Observer:
-        """What the policy sees: the errors by the power that is believed in."""
-        return self.observers[self.belief.power]
-
     def weights(self) -> Weights:
         """The policy's parameters, which do not depend on the problem's size."""
         return weights_of(self.ppo.policy)
@@ -170,7 +168,6 @@ class Search:
 
     def _update(self) -> None:
         """One PPO update on `EPISODES` episodes."""
-        self.episodes.observer = self.observer
         with reproducible(self.rng):
             steps = self.observer.sites * EPISODES
             self.ppo.learn(steps, log_interval=None, reset_num_timesteps=False)
@@ -188,18 +185,16 @@ class Search:
         """Spend the trials, round by round, until none is left (BudgetSpent) or no new plan turns up."""
         stalls = 0
         undecided = np.full((1, self.observer.sites), -1, dtype=np.int64)
-        for power in POWERS:
-            self.belief.power = power
-            self._try(self.first_plans(), 1)
-            self._try(self.first_plans(thorough=False), 1)
+        self._try(self.first_plans(), 1)
+        self._try(self.first_plans(thorough=False), 1)
         while stalls < STALLS:
             self._update()
+            tried = self._try(self.dreams(round(DREAMS * self.per_round * self.openness)), self.per_round)
             own = np.concatenate([self.decode(undecided, greedy=True), self.episodes.finished])
             wild = self.decode(np.repeat(undecided, EPISODES, axis=0), greedy=False, curiosity=1.0)
             known = np.concatenate([own, np.array(list(self.rewards))])
-            tried = self._try(own, self.per_round // 4)
-            bred = np.concatenate([self._breed(known, thorough=True), self._breed(known), self._breed(wild)])
-            tried += self._try(bred, self.per_round - tried)
+            bred = [self._breed(known, thorough=True), self._breed(known), self._breed(wild)]
+            tried += self._try(np.concatenate([own, *bred]), self.per_round - tried)
             stalls = 0 if tried else stalls + 1
 
     def first_plans(self, thorough: bool = True) -> Vectors:
@@ -216,19 +211,43 @@ class Search:
     @property
     def exploration(self) -> float:
         """Deviations that count for a plan: fewer and fewer, since what is learnt at the end is of no use any more."""
-        return EXPLORATION * self.problem.remaining / max(self.problem.trials, 1)
+        return EXPLORATION * self.openness
+
+    @property
+    def openness(self) -> float:
+        """The share of the trials that is left."""
+        return self.problem.remaining / max(self.problem.trials, 1)
+
+    def dreams(self, count: int) -> Vectors:
+        """Plans that are nearly the best for errors drawn from what is believed of them: at most [count, sites]."""
+        found = [np.zeros((0, self.observer.sites), dtype=np.int64)]
+        for _ in range(count):
+            errors = self.belief.errors(self.rng.normal(size=len(self.problem.error.factors)))
+            found.append(self._least(errors))
+        return np.concatenate(found)
+
+    def _least(self, errors: Sum) -> Vectors:
+        """A plan [0 or 1, sites] with nearly the least of some errors: settled at a price of time, then traded."""
+        plans = self._legal(self._at_prices(errors)[0])
+        best, least = plans[:0], np.inf
+        while len(plans) and (lowest := float((sums := errors.batch(plans)).min())) < least * (1 - ROUNDING):
+            best, least = plans[[sums.argmin()]], lowest
+            plans = self._traded(best, errors)
+        return best
 
     def _breed(self, plans: Vectors, generations: int = GENERATIONS, thorough: bool = False) -> Vectors:
         """What becomes of some plans if, believed to be good, they are varied: [M, sites].
 
         Where that is thorough, they come to be the best that is believed in, and much alike; else they stay different.
         """
-        bred = pool = np.unique(plans, axis=0)
+        errors = self.belief.errors(np.zeros(len(self.problem.error.factors)))
+        bred = pool = np.unique(np.concatenate([plans, self._least(errors)]) if thorough else plans, axis=0)
+        price = self._at_prices(errors)[1] if thorough else 0.0
         for _ in range(generations):
             pool = pool[np.argsort(-promise(self.belief, pool, self.exploration), kind="stable")[:ELITES]]
             varied = [self._grafted(pool, plans)]
             if thorough:
-                varied += [self._traded(pool[:TRADERS]), self._priced(pool)]
+                varied += [self._traded(pool[:TRADERS], errors), self._priced(pool, errors, price)]
             else:
                 varied += [self._exchanged(pool), self.decode(self._opened(pool), greedy=False)]
             pool = np.unique(np.concatenate([pool, *varied]), axis=0)
@@ -264,16 +283,16 @@ class Search:
             varied[np.arange(len(varied)), sites] = (self.rng.random(len(varied)) * self._sizes[sites]).astype(np.int64)
         return self._legal(varied)
 
-    def _traded(self, plans: Vectors) -> Vectors:
+    def _traded(self, plans: Vectors, weighed: Sum) -> Vectors:
         """For each of some plans [N, sites] those with one site set to an option of less error and another, if need be,
-        to a cheaper one, that lower the sum of errors most: as the belief weighs errors, where sites did not interact.
+        to a cheaper one, that lower the sum of errors most, where sites did not interact.
         """
         sites, options = self._changes
-        errors = np.concatenate([self._seen.sweep(plans, site, size) for site, size in enumerate(self._sizes)], axis=1)
+        errors = np.concatenate([weighed.sweep(plans, site, size) for site, size in enumerate(self._sizes)], axis=1)
         costs = np.concatenate([self.problem.sweep_overruns(plans, site) for site in range(len(self._sizes))], axis=1)
         overruns, nothing = self.problem.overruns(plans), len(sites)  # the number of the change that changes nothing
         same = options == plans[:, sites]
-        errors = np.where(same, 0.0, errors - self._seen.batch(plans)[:, None])
+        errors = np.where(same, 0.0, errors - weighed.batch(plans)[:, None])
         costs = np.where(same, 0.0, costs - overruns[:, None])
         found = [plans[:0]]
         for plan, error, cost, room in zip(plans, errors, costs, 1 - overruns, strict=True):
@@ -281,7 +300,7 @@ class Search:
             total = error[better][:, None] + np.append(error, 0.0)[cheaper]
             dear = cost[better][:, None] + np.append(cost, 0.0)[cheaper] > room
             total[dear | (sites[better][:, None] == np.append(sites, -1)[cheaper])] = 0.0
-            best = np.argsort(total, axis=None, kind="stable")[:TRADES]
+            best = np.argpartition(total, min(TRADES, total.size - 1), axis=None)[:TRADES] if total.size else []
             firsts, seconds = np.unravel_index(best[total.flat[best] < 0], total.shape)
             traded = np.repeat(plan[None], len(firsts), axis=0)
             for change in (better[firsts], cheaper[seconds]):
@@ -290,7 +309,7 @@ class Search:
             found.append(traded)
         return self._legal(np.concatenate(found))
 
-    def _priced(self, plans: Vectors) -> Vectors:
+    def _priced(self, plans: Vectors, errors: Sum, price: float) -> Vectors:
         """Plans drawn from some [M, sites] in which some branches and sites are decided anew, each at a price of time.
 
         An exchange cannot bring a branch back: too many sites inside it have to become cheaper at once.
@@ -298,10 +317,12 @@ class Search:
         drawn = plans[self.rng.integers(len(plans), size=EPISODES)]
         share = self.rng.random((EPISODES, 1)) ** 2
         open_sites = (self.rng.random(drawn.shape) < share) @ self._tied
-        prices = self._price * np.exp(SPREAD * self.rng.normal(size=EPISODES))
-        return self._legal(self._settled(drawn, open_sites, prices))
+        prices = price * np.exp(SPREAD * self.rng.normal(size=EPISODES))
+        return self._legal(self._settled(drawn, open_sites, prices, errors))
 
-    def _settled(self, plans: Vectors, open_sites: NDArray[np.bool_], prices: NDArray[np.float64]) -> Vectors:
+    def _settled(
+        self, plans: Vectors, open_sites: NDArray[np.bool_], prices: NDArray[np.float64], errors: Sum
+    ) -> Vectors:
         """Plans [N, sites] whose open sites [N, sites] one after another took the least error + price x cost, twice.
 
         Branches come last: it is known then what they would be worth if they stayed.
@@ -310,29 +331,19 @@ class Search:
         settled = np.where(open_sites & branches, 0, plans)
         for site in [*np.flatnonzero(~branches), *np.flatnonzero(~branches), *np.flatnonzero(branches)]:
             costs = self.problem.sweep_overruns(settled, site)
-            totals = self._seen.sweep(settled, site, costs.shape[1]) + prices[:, None] * costs
+            totals = errors.sweep(settled, site, costs.shape[1]) + prices[:, None] * costs
             settled[:, site] = np.where(open_sites[:, site], totals.argmin(axis=1), settled[:, site])
         return settled
 
-    @property
-    def _price(self) -> float:
-        """The least price at which all sites together meet the target, for the errors as they are believed."""
-        power = self.belief.power
-        if power not in self._prices:
-            ends = np.array([self.problem.dense, self.problem.cheapest], dtype=np.int64)
-            spans = [float(np.ptp(values)) for values in (self._seen.batch(ends), self.problem.overruns(ends))]
-            prices = PRICES * max(spans[0], 1e-9) / max(spans[1], 1e-9)
-            plans = self._settled(
-                np.repeat(ends[:1], len(prices), axis=0), np.ones((len(prices), ends.shape[1]), np.bool_), prices
-            )
-            enough = self.problem.all_feasible(plans)
-            self._prices[power] = float(prices[enough.argmax() if enough.any() else -1])
-        return self._prices[power]
-
-    @property
-    def _seen(self) -> Sum:
-        """The errors by the power that is believed in."""
-        return self.observer.problem.error
+    def _at_prices(self, errors: Sum) -> tuple[Vectors, float]:
+        """All sites settled at each of `PRICES` [prices, sites], and the least of these at which the target is met."""
+        ends = np.array([self.problem.dense, self.problem.cheapest], dtype=np.int64)
+        spans = [float(np.ptp(values)) for values in (errors.batch(ends), self.problem.overruns(ends))]
+        prices = PRICES * max(spans[0], 1e-9) / max(spans[1], 1e-9)
+        start = np.repeat(ends[:1], len(prices), axis=0)
+        settled = self._settled(start, np.ones(start.shape, np.bool_), prices, errors)
+        enough = self.problem.all_feasible(settled)
+        return settled, float(prices[enough.argmax() if enough.any() else -1])
 
     def _legal(self, plans: Vectors) -> Vectors:
         """Those of some plans [N, sites] that meet the target, in their canonical form."""
@@ -379,7 +390,7 @@ class Search:
             belief, fresh = belief.supposing(fresh[[best]]), np.delete(fresh, best, axis=0)
         values = []
         for plan in map(tuple, chosen.tolist()):
-            self.rewards[plan] = reward(self.problem, self.problem.evaluate(plan), plan, band=np.inf)
+            self.rewards[plan] = merit(reward(self.problem, self.problem.evaluate(plan), plan, band=np.inf))
             values.append(self.rewards[plan])
         self.belief.learn(chosen, np.array(values))
         return len(chosen)

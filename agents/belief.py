@@ -1,9 +1,9 @@
 """What an agent believes of plans it has not evaluated: the error table, corrected by the records it has seen.
 
 A Gaussian process (Rasmussen and Williams, 2006, algorithm 2.1) over choice vectors. Its mean is a line over the
-logarithm of a power sum of the layers' errors; its kernel sums how many sites agree and a linear kernel over the
-errors. How much worse one large error is than several small ones differs between networks, so the records choose the
-power as they choose the kernel's length scale and the noise: by the marginal likelihood.
+logarithm of the sum of the layers' errors; its kernel sums how many sites agree and a linear kernel over each layer's
+share of that sum: what a layer's errors turn out to weigh changes the logarithm by its share of it. The records choose
+the length scale, the spread of those weights and the noise by the marginal likelihood.
 """
 
 from copy import copy
@@ -11,46 +11,54 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, cholesky
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 
-from graphprune.problem import Floats, Problem
+from graphprune.problem import Factor, Floats, Problem, Sum
 
 LENGTHS = (0.05, 0.15, 0.4)
 """Candidate length scales of the agreement kernel, as shares of the sites."""
-NOISES = (1e-3, 3e-2)
-"""Candidate noise variances, as shares of the observed variance."""
-POWERS = (1.0, 0.75, 0.5, 1.5)
-"""Candidate powers of the layers' errors; the first one counts until there are records."""
+SPREADS = (0.5, 1.0, 2.0)
+"""Candidate standard deviations of what a layer's share is worth, in units of what the line leaves unexplained."""
+NOISES = (1e-3, 3e-2, 0.3)
+"""Candidate noise variances, as shares of what the line leaves unexplained."""
+POWER = 0.85
+"""Of the layers' errors in their sum: between 0.75 and 1 networks hardly differ, and few records cannot tell."""
 FLOOR = 1e-3
 """Added to a power sum whose unit is that of a typical plan, so that plans without error have a logarithm."""
 EXPLORATION = 1.0
 """Standard deviations added to the believed reward when candidates are ranked (an upper confidence bound)."""
 FEWEST = 4
 """Below this many records only the error table counts."""
+DOUBT, MOST_DOUBT = 0.5, 2.0
+"""Standard deviation of the logarithm of a layer's weight before there are records, and the most it may ever be off."""
+
+
+def powered(error: Sum) -> Sum:
+    """The sum of `POWER`s of the layers' errors."""
+    factors = (Factor(own.sites, np.maximum(own.table, 0.0) ** POWER) for own in error.factors)
+    return Sum(max(error.constant, 0.0) ** POWER, tuple(factors))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A posterior: the line (offset, slope) over the power sum, the scale of what it leaves, the setting (length scale,
-    noise), Cholesky factor [M, M], weights [M], and log marginal likelihood.
+    """A posterior: the line (offset, slope) over the logarithm, the scale of what it leaves, the setting (length scale,
+    spread, noise), Cholesky factor [M, M], weights [M], and log marginal likelihood.
     """
 
-    power: float
     line: tuple[float, float]
     scale: float
-    setting: tuple[float, float]
+    setting: tuple[float, float, float]
     factor: Floats
     weights: Floats
     likelihood: float
 
 
 class Belief:
-    """Predicts rewards of choice vectors; before the first records, by the logarithm of a power sum of errors alone."""
+    """Predicts rewards of choice vectors; before the first records, by the logarithm of the sum of errors alone."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.power = POWERS[0]
-        self._unit = max(abs(problem.error(problem.cheapest)), 1e-9)
+        self.error = powered(problem.error)
+        self._unit = max(self.error(problem.cheapest), 1e-9)
         self._choices = np.zeros((0, len(problem.decisions)), dtype=np.int64)
         self._rewards = np.zeros(0)
         self._fit: Fit | None = None
@@ -61,16 +69,9 @@ class Belief:
         self._rewards = np.concatenate([self._rewards, rewards])
         if len(self._rewards) < FEWEST or self._rewards.std() == 0:
             return
-        self._unit = max(float(np.median(self.problem.error.batch(self._choices))), 1e-9)
-        lines = {power: self._line(power) for power in POWERS}
-        factors = {(length, noise): self._factor(length, noise) for length in LENGTHS for noise in NOISES}
-        fits = [
-            self._posterior(power, *lines[power], setting, factor)
-            for power in POWERS
-            for setting, factor in factors.items()
-        ]
-        self._fit = max(fits, key=lambda fit: fit.likelihood)
-        self.power = self._fit.power
+        line = self._line()
+        settings = [(length, spread, noise) for length in LENGTHS for spread in SPREADS for noise in NOISES]
+        self._fit = max((self._posterior(*line, setting) for setting in settings), key=lambda fit: fit.likelihood)
 
     def supposing(self, choices: NDArray[np.int64]) -> "Belief":
         """Another belief, for which these plans [N, sites] turned out as this one has it, so that they are less open.
@@ -81,56 +82,73 @@ class Belief:
         other._choices = np.concatenate([self._choices, choices])
         other._rewards = np.concatenate([self._rewards, self.predict(choices)[0]])
         if (fit := self._fit) is not None:
-            other._fit = other._posterior(fit.power, fit.line, fit.scale, fit.setting, other._factor(*fit.setting))
+            other._fit = other._posterior(fit.line, fit.scale, fit.setting)
         return other
 
     def predict(self, choices: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Mean and standard deviation of the reward of plans [N, sites]."""
         if (fit := self._fit) is None:
-            return self._prior(choices, self.power), np.zeros(len(choices))
-        mean = fit.line[0] + fit.line[1] * self._prior(choices, fit.power)
-        cross = self._kernel(choices, self._choices, fit.setting[0])
+            return self._prior(choices), np.zeros(len(choices))
+        mean = fit.line[0] + fit.line[1] * self._prior(choices)
+        cross = self._kernel(choices, self._choices, fit.setting)
         explained = (cross * cho_solve((fit.factor, True), cross.T).T).sum(axis=1)
-        own = 1 + np.square(self._parts(choices)).sum(axis=1)
+        own = 1 + np.square(fit.setting[1] * self._shares(choices)).sum(axis=1)
         return mean + fit.scale * (cross @ fit.weights), fit.scale * np.sqrt(np.maximum(own - explained, 0))
 
-    def _prior(self, choices: NDArray[np.int64], power: float) -> Floats:
-        sums = (np.maximum(self._parts(choices), 0) ** power).sum(axis=1)
-        prior: Floats = -np.log(sums + FLOOR)
+    def errors(self, noise: Floats) -> Sum:
+        """The errors of the layers by weights as they are believed, some deviations `noise` [factors] from the mean.
+
+        That the reward rises by w for all of a layer's share of the sum means that the share is exp(-w / slope) as
+        large as it seems. Where the noise is normal, a plan that is best by these errors is drawn by the chance that it
+        is the best (Thompson 1933).
+        """
+        if (fit := self._fit) is None:
+            logarithms = DOUBT * noise
+        else:
+            spread, shares = fit.setting[1], self._shares(self._choices)
+            explained = solve_triangular(fit.factor, spread**2 * shares, lower=True)
+            covariance = spread**2 * np.eye(shares.shape[1]) - explained.T @ explained
+            values, vectors = np.linalg.eigh(covariance)
+            worth = spread**2 * shares.T @ fit.weights + vectors @ (np.sqrt(np.maximum(values, 0)) * noise)
+            logarithms = -fit.scale * worth / max(fit.line[1], 1e-9)
+        weights = np.exp(np.clip(logarithms, -MOST_DOUBT, MOST_DOUBT))
+        tables = zip(self.error.factors, weights, strict=True)
+        return Sum(self.error.constant, tuple(Factor(own.sites, own.table * weight) for own, weight in tables))
+
+    def _prior(self, choices: NDArray[np.int64]) -> Floats:
+        prior: Floats = -np.log(np.maximum(self.error.batch(choices), 0) / self._unit + FLOOR)
         return prior
 
-    def _parts(self, choices: NDArray[np.int64]) -> Floats:
-        """Each factor's error, in units of a typical plan's total: [N, factors]."""
-        return self.problem.error.parts(choices) / self._unit
+    def _shares(self, choices: NDArray[np.int64]) -> Floats:
+        """Each factor's share of the sum: [N, factors]."""
+        parts = self.error.parts(choices)
+        shares: Floats = parts / (parts.sum(axis=1, keepdims=True) + FLOOR * self._unit)
+        return shares
 
-    def _kernel(self, left: NDArray[np.int64], right: NDArray[np.int64], length: float) -> Floats:
-        """exp(-share of differing sites / length) plus the inner product of the parts: [N, M]."""
+    def _kernel(self, left: NDArray[np.int64], right: NDArray[np.int64], setting: tuple[float, float, float]) -> Floats:
+        """exp(-share of differing sites / length) plus the inner product of the shares times the spread: [N, M]."""
         differing = (left[:, None, :] != right[None, :, :]).mean(axis=2)
-        kernel: Floats = np.exp(-differing / length) + self._parts(left) @ self._parts(right).T
+        length, spread, _ = setting
+        kernel: Floats = np.exp(-differing / length) + spread**2 * self._shares(left) @ self._shares(right).T
         return kernel
 
-    def _line(self, power: float) -> tuple[tuple[float, float], float]:
-        """Offset and slope of the rewards over the power sum, and the standard deviation of what is left."""
-        prior = self._prior(self._choices, power)
+    def _line(self) -> tuple[tuple[float, float], float]:
+        """Offset and slope of the rewards over the logarithm, and the standard deviation of what is left."""
+        prior = self._prior(self._choices)
         slope = float(np.cov(prior, self._rewards)[0, 1] / max(prior.var(ddof=1), 1e-9))
         slope = max(slope, 0.0)  # a table that misleads says nothing
         offset = float(self._rewards.mean() - slope * prior.mean())
         left = self._rewards - offset - slope * prior
         return (offset, slope), max(float(left.std()), 1e-3 * float(self._rewards.std()))
 
-    def _factor(self, length: float, noise: float) -> Floats:
-        """The Cholesky factor of the covariance of the records: [M, M]."""
-        covariance = self._kernel(self._choices, self._choices, length) + noise * np.eye(len(self._choices))
-        return np.asarray(cholesky(covariance, lower=True))
-
-    def _posterior(
-        self, power: float, line: tuple[float, float], scale: float, setting: tuple[float, float], factor: Floats
-    ) -> Fit:
+    def _posterior(self, line: tuple[float, float], scale: float, setting: tuple[float, float, float]) -> Fit:
         """Condition on what the line leaves unexplained."""
-        rest = (self._rewards - line[0] - line[1] * self._prior(self._choices, power)) / scale
+        covariance = self._kernel(self._choices, self._choices, setting) + setting[2] * np.eye(len(self._choices))
+        factor = np.asarray(cholesky(covariance, lower=True))
+        rest = (self._rewards - line[0] - line[1] * self._prior(self._choices)) / scale
         weights = cho_solve((factor, True), rest)
         likelihood = float(-0.5 * rest @ weights - np.log(np.diag(factor)).sum() - len(rest) * np.log(scale))
-        return Fit(power, line, scale, setting, factor, weights, likelihood)
+        return Fit(line, scale, setting, factor, weights, likelihood)
 
 
 def promise(belief: Belief, plans: NDArray[np.int64], exploration: float = EXPLORATION) -> NDArray[np.float64]:

@@ -19,9 +19,9 @@ from graphprune.agents.autosculpt import (
     AutoSculpt,
     Search,
     fits,
-    through,
+    merit,
 )
-from graphprune.agents.belief import EXPLORATION, POWERS
+from graphprune.agents.belief import EXPLORATION, powered
 from graphprune.agents.encoder import Sight
 from graphprune.agents.policies import Weights, adopt, read_policy
 from graphprune.agents.wall import only_plan
@@ -71,8 +71,9 @@ def first_plan(agent: str | AutoSculpt, made: Problem) -> Choices:
 
 
 def errors_of_first_plans(made: Problem) -> list[float]:
-    """By the error table: of the main agent, of `uniform` and of `magnitude`."""
-    return [made.error(first_plan(name, made)) for name in ("autosculpt", "uniform", "magnitude")]
+    """As the main agent counts errors: its own, those of `uniform` and of `magnitude`."""
+    error = powered(made.error)
+    return [error(first_plan(name, made)) for name in ("autosculpt", "uniform", "magnitude")]
 
 
 def finds(agent: str, best: float) -> int:
@@ -168,7 +169,7 @@ def test_trades_are_the_best_of_one_better_and_one_cheaper_option() -> None:
         ]
         errors = sorted({made.error(plan) for plan in better + pairs if made.feasible(plan)})
         expected = [error for error in errors if error < made.error(start) - 1e-12][:TRADES]
-        traded = search._traded(np.array([start]))
+        traded = search._traded(np.array([start]), made.error)
         assert all(made.allows(plan) for plan in traded.tolist())
         assert sorted({made.error(plan) for plan in traded.tolist()}) == pytest.approx(expected)
 
@@ -180,22 +181,22 @@ def test_sites_settle_at_the_least_error_and_price() -> None:
         search, sites = Search(made, np.random.default_rng(0), None), len(made.decisions)
         for start in (made.dense, made.cheapest):
             plans = np.repeat(np.array([start]), len(prices), axis=0)
-            settled = search._settled(plans, np.ones(plans.shape, np.bool_), prices)
+            settled = search._settled(plans, np.ones(plans.shape, np.bool_), prices, made.error)
             every = np.array(list(product(*(range(len(decision.options)) for decision in made.decisions))))
             for plan, price in zip(settled, prices, strict=True):
                 least = (made.error.batch(every) + price * made.overruns(every)).min()
                 assert made.error(plan) + price * made.overrun(plan) == pytest.approx(least)
             shut = np.zeros(plans.shape, np.bool_)
             shut[:, 0] = True
-            assert (search._settled(plans, shut, prices)[:, 1:sites] == plans[:, 1:]).all()
+            assert (search._settled(plans, shut, prices, made.error)[:, 1:sites] == plans[:, 1:]).all()
 
 
 def test_the_first_plan_has_nearly_the_least_error() -> None:
     """Among all plans, by enumeration, whatever the policy says; by exchanges alone a branch would not come back."""
     for made in (problem(TOY), problem(7), problem(3, sizes=(3,) * 9, limit=0.5), with_branch(5)):
-        least = min(made.error(plan) for plan in feasible_plans(made))
-        bred = Search(made, np.random.default_rng(0), None).first_plans()
-        assert made.error.batch(bred).min() == pytest.approx(least)
+        search = Search(made, np.random.default_rng(0), None)
+        least = min(search.belief.error(plan) for plan in feasible_plans(made))
+        assert search.belief.error.batch(search.first_plans()).min() == pytest.approx(least)
 
 
 def test_a_branch_is_opened_and_grafted_with_what_is_inside() -> None:
@@ -210,36 +211,45 @@ def test_a_branch_is_opened_and_grafted_with_what_is_inside() -> None:
     assert made.feasible(kept[0]) == ((0, 3, 2) in grafted)
 
 
-def test_errors_are_seen_through_the_power_that_is_believed_in() -> None:
-    made = problem(TOY)
-    plans = np.array(feasible_plans(made))
-    seen = through(made, 0.5)
-    assert seen.error.parts(plans) == pytest.approx(np.sqrt(made.error.parts(plans)))
-    assert (seen.costs, seen.decisions) == (made.costs, made.decisions)
-    search = Search(made, np.random.default_rng(0), None)
-    undecided = np.full((1, len(made.decisions)), -1)
-    shown = []
-    for power in (1.0, 0.5):
-        search.belief.power = power
-        shown.append(search.observer.observe(undecided, 0)["options"])
-    assert (shown[0] != shown[1]).any()
+def test_a_dream_has_nearly_the_least_of_the_errors_it_is_dreamt_for() -> None:
+    made = problem(3, sizes=(3,) * 9, limit=0.5)
+    search, plans = Search(made, np.random.default_rng(0), None), np.array(feasible_plans(made))
+    noise = np.random.default_rng(1)
+    found, excess = [], []
+    for _ in range(10):
+        errors = search.belief.errors(2 * noise.normal(size=len(made.error.factors)))
+        (dream,) = search._least(errors)
+        assert made.allows(dream.tolist())
+        excess.append(errors(dream.tolist()) / errors.batch(plans).min() - 1)
+        found.append(tuple(dream.tolist()))
+    assert np.median(excess) == pytest.approx(0)
+    assert max(excess) < 0.2
+    assert len(set(found)) > 3
+    assert len(search.dreams(4)) == 4
 
 
-def test_the_first_trials_try_every_power_and_exploration_ends_with_the_trials() -> None:
+def test_what_a_plan_is_worth_rises_with_its_reward_evenly_in_what_is_wrong() -> None:
+    worths = [merit(reward) for reward in (-1.0, 0.0, 0.5, 0.75, 0.875)]
+    assert np.diff(worths) == pytest.approx(np.log(2))
+    assert merit(1.0) == merit(0.995) > merit(0.98)
+
+
+def test_dreams_and_exploration_end_with_the_trials() -> None:
     made = problem(TOY, trials=30)
     search = Search(made, np.random.default_rng(0), None)
-    powers: list[float] = []
-    attempt = search._try
+    asked: list[int] = []
+    dreams = search.dreams
 
-    def noted(plans: np.ndarray, count: int) -> int:
-        powers.append(search.belief.power)
-        return attempt(plans, count)
+    def noted(count: int) -> np.ndarray:
+        asked.append(count)
+        return dreams(count)
 
-    search._try = noted  # type: ignore[method-assign]
+    search.dreams = noted  # type: ignore[method-assign]
     assert search.exploration == EXPLORATION
     with pytest.raises(BudgetSpent):
         search.spend()
-    assert tuple(powers[: 2 * len(POWERS) : 2]) == tuple(powers[1 : 2 * len(POWERS) : 2]) == POWERS
+    assert asked == sorted(asked, reverse=True)
+    assert asked[0] > asked[-1] == 0
     assert search.exploration == 0
 
 

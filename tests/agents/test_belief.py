@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from graphprune.agents.belief import FLOOR, LENGTHS, NOISES, POWERS, Belief
+from graphprune.agents.belief import DOUBT, FLOOR, LENGTHS, MOST_DOUBT, NOISES, POWER, SPREADS, Belief
 from tests.agents.toys import accuracy_of, feasible_plans, problem
 
 MADE = problem(4)
@@ -16,47 +16,70 @@ SEEN = np.random.default_rng(0).permutation(len(PLANS))[:60]
 
 def test_without_records_it_ranks_by_the_error_table() -> None:
     mean, deviation = Belief(MADE).predict(PLANS)
-    assert (np.argsort(-mean) == np.argsort(MADE.error.batch(PLANS))).all()
+    assert (np.argsort(-mean) == np.argsort((parts(PLANS) ** POWER).sum(axis=1))).all()
     assert (deviation == 0).all()
 
 
-def parts(plans: np.ndarray, unit: float) -> np.ndarray:
-    return np.array([[factor(plan) for factor in MADE.error.factors] for plan in plans.tolist()]) / unit
+def parts(plans: np.ndarray) -> np.ndarray:
+    return np.array([[factor(plan) for factor in MADE.error.factors] for plan in plans.tolist()])
 
 
-@pytest.mark.parametrize("curved", [False, True])
-def test_posterior_is_the_textbook_formula(curved: bool) -> None:
-    belief, seen = Belief(MADE), PLANS[SEEN]
-    unit = float(np.median([MADE.error(plan) for plan in seen.tolist()]))
-    rewards = ACCURACY[SEEN]
-    if curved:
-        rewards = -np.log((parts(seen, unit) ** 0.5).sum(axis=1)) + 0.01 * rewards
+def shares(plans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The layers' shares of the sum, and minus its logarithm."""
+    powered = parts(plans) ** POWER
+    unit = (parts(np.array([MADE.cheapest])) ** POWER).sum()
+    sums = powered.sum(axis=1)
+    return powered / (sums[:, None] + FLOOR * unit), -np.log(sums / unit + FLOOR)
+
+
+@pytest.mark.parametrize("worth", [0.0, 3.0])
+def test_posterior_is_the_textbook_formula(worth: float) -> None:
+    belief, seen, others = Belief(MADE), PLANS[SEEN], PLANS[:50]
+    (own, sums), (other, others_sums) = shares(seen), shares(others)
+    rewards = ACCURACY[SEEN] + worth * own[:, 0]
     belief.learn(seen[:30], rewards[:30])
     belief.learn(seen[30:], rewards[30:])
-    mean, deviation = belief.predict(PLANS[:50])
+    mean, deviation = belief.predict(others)
+    slope, offset = np.polyfit(sums, rewards, 1)
+    slope = max(slope, 0.0)
+    rest = rewards - slope * sums
+    offset, rest = rest.mean(), rest - rest.mean()
 
-    def kernel(a: np.ndarray, b: np.ndarray, length: float) -> np.ndarray:
-        return np.exp(-(a[:, None] != b[None]).mean(axis=2) / length) + parts(a, unit) @ parts(b, unit).T
-
+    every, every_share = np.concatenate([seen, others]), np.concatenate([own, other])
+    differing, alike = (every[:, None] != every[None]).mean(axis=2), every_share @ every_share.T
     answers = []
-    for power, length, noise in product(POWERS, LENGTHS, NOISES):
-        sums = [-np.log((parts(plans, unit) ** power).sum(axis=1) + FLOOR) for plans in (seen, PLANS[:50])]
-        slope, offset = np.polyfit(sums[0], rewards, 1)
-        assert slope > 0
-        rest = rewards - offset - slope * sums[0]
-        matrix = rest.var() * (kernel(seen, seen, length) + noise * np.eye(60))
+    for length, spread, noise in product(LENGTHS, SPREADS, NOISES):
+        kernel = rest.var() * (np.exp(-differing / length) + spread**2 * alike)
+        matrix = kernel[:60, :60] + rest.var() * noise * np.eye(60)
         evidence = -0.5 * rest @ np.linalg.solve(matrix, rest) - 0.5 * np.linalg.slogdet(matrix)[1]
-        cross = rest.var() * kernel(PLANS[:50], seen, length) @ np.linalg.inv(matrix)
-        variance = np.diag(
-            rest.var() * kernel(PLANS[:50], PLANS[:50], length)
-            - cross @ (rest.var() * kernel(seen, PLANS[:50], length))
-        )
-        answers.append((evidence, offset + slope * sums[1] + cross @ rest, np.sqrt(variance), power))
-    _, expected, spread, power = max(answers, key=lambda answer: answer[0])
-    assert belief.power == power
-    assert not curved or power == 0.5
+        cross = kernel[60:, :60] @ np.linalg.inv(matrix)
+        variance = np.diag(kernel[60:, 60:] - cross @ kernel[:60, 60:])
+        answers.append((evidence, offset + slope * others_sums + cross @ rest, np.sqrt(variance)))
+    _, expected, spread_expected = max(answers, key=lambda answer: answer[0])
     assert mean == pytest.approx(expected, abs=1e-6)
-    assert deviation == pytest.approx(spread, abs=1e-6)
+    assert deviation == pytest.approx(spread_expected, abs=1e-6)
+
+
+def test_weights_are_drawn_as_they_are_believed() -> None:
+    """Before there are records around the table; then as Bayesian linear regression on the shares has them."""
+    belief, rng, count = Belief(MADE), np.random.default_rng(0), len(MADE.error.factors)
+
+    def logarithms(noise: np.ndarray) -> np.ndarray:
+        drawn = belief.errors(noise)
+        pairs = zip(drawn.factors, MADE.error.factors, strict=True)
+        return np.array([np.log(a.table[1:] / b.table[1:] ** POWER).mean() for a, b in pairs])
+
+    noise = rng.normal(size=count)
+    assert logarithms(noise) == pytest.approx(np.clip(DOUBT * noise, -MOST_DOUBT, MOST_DOUBT))
+    own, sums = shares(PLANS[SEEN])
+    worth = np.where(np.arange(count) == 2, -0.5, 0.0)
+    belief.learn(PLANS[SEEN], sums + own @ worth)
+    mean = logarithms(np.zeros(count))
+    assert 0.25 < mean[2] - np.delete(mean, 2).mean() < 0.6
+    assert np.abs(np.delete(mean, 2) - np.delete(mean, 2).mean()).max() < 0.15
+    draws = np.array([logarithms(rng.normal(size=count)) for _ in range(300)])
+    assert draws.mean(axis=0) == pytest.approx(mean, abs=0.1)
+    assert (draws.std(axis=0) < DOUBT).all(), "records leave less open"
 
 
 def test_records_make_it_better_than_the_table() -> None:

@@ -198,9 +198,7 @@ def test_samples_are_long_enough_interleaved_and_shuffled(monkeypatch: pytest.Mo
     assert set(orders) == set(itertools.permutations(seconds))
 
 
-@pytest.mark.parametrize(
-    ("disturbed", "expected"), [(1, 0.0), (sampling.ATTEMPTS - 1, 0.0), (sampling.ATTEMPTS, 1.0)]
-)
+@pytest.mark.parametrize(("disturbed", "expected"), [(1, 0.0), (sampling.ATTEMPTS - 1, 0.0), (sampling.ATTEMPTS, 1.0)])
 def test_a_sample_during_which_the_processor_was_taken_away_is_taken_again(
     disturbed: int, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
