@@ -300,7 +300,9 @@ class Search:
             total = error[better][:, None] + np.append(error, 0.0)[cheaper]
             dear = cost[better][:, None] + np.append(cost, 0.0)[cheaper] > room
             total[dear | (sites[better][:, None] == np.append(sites, -1)[cheaper])] = 0.0
-            best = np.argpartition(total, min(TRADES, total.size - 1), axis=None)[:TRADES] if total.size else []
+            if not total.size:
+                continue
+            best = np.argpartition(total, min(TRADES, total.size - 1), axis=None)[:TRADES]
             firsts, seconds = np.unravel_index(best[total.flat[best] < 0], total.shape)
             traded = np.repeat(plan[None], len(firsts), axis=0)
             for change in (better[firsts], cheaper[seconds]):
