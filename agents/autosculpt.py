@@ -185,22 +185,28 @@ class Search:
         """Spend the trials, round by round, until none is left (BudgetSpent) or no new plan turns up."""
         stalls = 0
         undecided = np.full((1, self.observer.sites), -1, dtype=np.int64)
-        self._try(self.first_plans(), 1)
-        self._try(self.first_plans(thorough=False), 1)
+        as_tabled = self.first_plans(Belief(self.problem, power=1.0))
+        self._try(as_tabled[[self.problem.error.batch(as_tabled).argmin()]], 1)
+        self._try(self.first_plans(self.belief), 1)
+        self._try(self.first_plans(self.belief, thorough=False), 1)
         while stalls < STALLS:
             self._update()
             tried = self._try(self.dreams(round(DREAMS * self.per_round * self.openness)), self.per_round)
             own = np.concatenate([self.decode(undecided, greedy=True), self.episodes.finished])
             wild = self.decode(np.repeat(undecided, EPISODES, axis=0), greedy=False, curiosity=1.0)
             known = np.concatenate([own, np.array(list(self.rewards))])
-            bred = [self._breed(known, thorough=True), self._breed(known), self._breed(wild)]
+            bred = [
+                self._breed(known, self.belief, thorough=True),
+                self._breed(known, self.belief),
+                self._breed(wild, self.belief),
+            ]
             tried += self._try(np.concatenate([own, *bred]), self.per_round - tried)
             stalls = 0 if tried else stalls + 1
 
-    def first_plans(self, thorough: bool = True) -> Vectors:
-        """What to try first: the policy's own plans, and what is bred from them while nothing else is known."""
+    def first_plans(self, belief: Belief, thorough: bool = True) -> Vectors:
+        """The policy's own plans, and what is bred from them while nothing but the error table is known."""
         own = self.own_plans()
-        return np.concatenate([own, self._breed(own, FIRST_GENERATIONS, thorough)])
+        return np.concatenate([own, self._breed(own, belief, FIRST_GENERATIONS, thorough)])
 
     def own_plans(self) -> Vectors:
         """The policy's greedy plan, then what it draws."""
@@ -235,16 +241,16 @@ class Search:
             plans = self._traded(best, errors)
         return best
 
-    def _breed(self, plans: Vectors, generations: int = GENERATIONS, thorough: bool = False) -> Vectors:
+    def _breed(self, plans: Vectors, belief: Belief, generations: int = GENERATIONS, thorough: bool = False) -> Vectors:
         """What becomes of some plans if, believed to be good, they are varied: [M, sites].
 
         Where that is thorough, they come to be the best that is believed in, and much alike; else they stay different.
         """
-        errors = self.belief.errors(np.zeros(len(self.problem.error.factors)))
+        errors = belief.errors(np.zeros(len(self.problem.error.factors)))
         bred = pool = np.unique(np.concatenate([plans, self._least(errors)]) if thorough else plans, axis=0)
         price = self._at_prices(errors)[1] if thorough else 0.0
         for _ in range(generations):
-            pool = pool[np.argsort(-promise(self.belief, pool, self.exploration), kind="stable")[:ELITES]]
+            pool = pool[np.argsort(-promise(belief, pool, self.exploration), kind="stable")[:ELITES]]
             varied = [self._grafted(pool, plans)]
             if thorough:
                 varied += [self._traded(pool[:TRADERS], errors), self._priced(pool, errors, price)]

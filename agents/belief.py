@@ -33,10 +33,10 @@ DOUBT, MOST_DOUBT = 0.5, 2.0
 """Standard deviation of the logarithm of a layer's weight before there are records, and the most it may ever be off."""
 
 
-def powered(error: Sum) -> Sum:
-    """The sum of `POWER`s of the layers' errors."""
-    factors = (Factor(own.sites, np.maximum(own.table, 0.0) ** POWER) for own in error.factors)
-    return Sum(max(error.constant, 0.0) ** POWER, tuple(factors))
+def powered(error: Sum, power: float) -> Sum:
+    """The sum of a power of the layers' errors."""
+    factors = (Factor(own.sites, np.maximum(own.table, 0.0) ** power) for own in error.factors)
+    return Sum(max(error.constant, 0.0) ** power, tuple(factors))
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Fit:
 class Belief:
     """Predicts rewards of choice vectors; before the first records, by the logarithm of the sum of errors alone."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.error = powered(problem.error)
+    def __init__(self, problem: Problem, power: float = POWER) -> None:
+        self.error = powered(problem.error, power)
         self._unit = max(self.error(problem.cheapest), 1e-9)
         self._choices = np.zeros((0, len(problem.decisions)), dtype=np.int64)
         self._rewards = np.zeros(0)

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 import graphprune as gp
 from graphprune.agents import create
 from graphprune.agents.autosculpt import Search
+from graphprune.agents.belief import Belief
 from graphprune.agents.dp import Solver
 from graphprune.agents.policies import Weights
 from graphprune.agents.wall import only_plan
@@ -195,7 +196,10 @@ def assess(weights: Weights | None, held_out: Sequence[Trial]) -> dict[str, floa
     rows = []
     for trial in held_out:
         search = Search(trial.task, np.random.default_rng(0), weights)
-        errors, bred = (trial.task.error.batch(plans) for plans in (search.own_plans(), search.first_plans()))
+        errors, bred = (
+            trial.task.error.batch(plans)
+            for plans in (search.own_plans(), search.first_plans(Belief(trial.task, power=1.0)))
+        )
         rows.append((errors[0], errors.min(), bred.min(), trial.optimum, trial.uniform, trial.magnitude))
     greedy, drawn, bred, optimum, uniform, magnitude = np.maximum(np.array(rows), 1e-9).T
 

@@ -21,7 +21,7 @@ from graphprune.agents.autosculpt import (
     fits,
     merit,
 )
-from graphprune.agents.belief import EXPLORATION, powered
+from graphprune.agents.belief import EXPLORATION, Belief
 from graphprune.agents.encoder import Sight
 from graphprune.agents.policies import Weights, adopt, read_policy
 from graphprune.agents.wall import only_plan
@@ -71,9 +71,8 @@ def first_plan(agent: str | AutoSculpt, made: Problem) -> Choices:
 
 
 def errors_of_first_plans(made: Problem) -> list[float]:
-    """As the main agent counts errors: its own, those of `uniform` and of `magnitude`."""
-    error = powered(made.error)
-    return [error(first_plan(name, made)) for name in ("autosculpt", "uniform", "magnitude")]
+    """By the error table: of the main agent, of `uniform` and of `magnitude`."""
+    return [made.error(first_plan(name, made)) for name in ("autosculpt", "uniform", "magnitude")]
 
 
 def finds(agent: str, best: float) -> int:
@@ -195,8 +194,9 @@ def test_the_first_plan_has_nearly_the_least_error() -> None:
     """Among all plans, by enumeration, whatever the policy says; by exchanges alone a branch would not come back."""
     for made in (problem(TOY), problem(7), problem(3, sizes=(3,) * 9, limit=0.5), with_branch(5)):
         search = Search(made, np.random.default_rng(0), None)
-        least = min(search.belief.error(plan) for plan in feasible_plans(made))
-        assert search.belief.error.batch(search.first_plans()).min() == pytest.approx(least)
+        for belief, error in ((Belief(made, power=1.0), made.error), (search.belief, search.belief.error)):
+            bred = search.first_plans(belief)
+            assert error.batch(bred).min() == pytest.approx(min(error(plan) for plan in feasible_plans(made)))
 
 
 def test_a_branch_is_opened_and_grafted_with_what_is_inside() -> None:
