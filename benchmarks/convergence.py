@@ -214,17 +214,17 @@ def plot(lines: Sequence[Line], path: Path) -> None:
             agent: 100 * np.array([curve(x) for x in lines if (x["model"], x["agent"]) == (model, agent)])
             for agent in own
         }
-        panel(panels[row, column], {agent: found for agent, found in curves.items() if len(found)})
+        panel(panels[row, column], {agent: found for agent, found in curves.items() if len(found)}, agents)
         panels[row, column].set_title(f"{model}: {title}", fontsize=11)
     figure.suptitle(f"without fine-tuning, at {LATENCY:.0%} of the dense latency; mean and range of seeds", fontsize=11)
     figure.savefig(path, dpi=110)
 
 
-def panel(axes: Axes, curves: dict[str, NDArray[np.float64]]) -> None:
-    """The curves [seeds, trials] of some agents, the best named first."""
+def panel(axes: Axes, curves: dict[str, NDArray[np.float64]], agents: Sequence[str]) -> None:
+    """The curves [seeds, trials] of some of all agents, the best named first; an agent has one colour everywhere."""
     best = sorted(curves, key=lambda agent: -curves[agent][:, -1].mean())
     for number, agent in enumerate(best):
-        found, colour = curves[agent], matplotlib.colormaps["tab20"](number % 20)
+        found, colour = curves[agent], matplotlib.colormaps["tab20"](agents.index(agent) % 20)
         trials = np.arange(1, found.shape[1] + 1)
         seeds = "" if len(found) == 1 else f", {len(found)} seeds"
         label = f"{agent} {found[:, -1].mean():.1f}{seeds}"
