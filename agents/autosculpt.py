@@ -229,12 +229,12 @@ class Search:
         found = [np.zeros((0, self.observer.sites), dtype=np.int64)]
         for _ in range(count):
             errors = self.belief.errors(self.rng.normal(size=len(self.problem.error.factors)))
-            found.append(self._least(errors))
+            found.append(self._least(errors, self._at_prices(errors)[0]))
         return np.concatenate(found)
 
-    def _least(self, errors: Sum) -> Vectors:
-        """A plan [0 or 1, sites] with nearly the least of some errors: settled at a price of time, then traded."""
-        plans = self._legal(self._at_prices(errors)[0])
+    def _least(self, errors: Sum, settled: Vectors) -> Vectors:
+        """A plan [0 or 1, sites] with nearly the least of some errors: the best of some settled ones, then traded."""
+        plans = self._legal(settled)
         best, least = plans[:0], np.inf
         while len(plans) and (lowest := float((sums := errors.batch(plans)).min())) < least * (1 - ROUNDING):
             best, least = plans[[sums.argmin()]], lowest
@@ -247,8 +247,8 @@ class Search:
         Where that is thorough, they come to be the best that is believed in, and much alike; else they stay different.
         """
         errors = belief.errors(np.zeros(len(self.problem.error.factors)))
-        bred = pool = np.unique(np.concatenate([plans, self._least(errors)]) if thorough else plans, axis=0)
-        price = self._at_prices(errors)[1] if thorough else 0.0
+        settled, price = self._at_prices(errors) if thorough else (plans[:0], 0.0)
+        bred = pool = np.unique(np.concatenate([plans, self._least(errors, settled)]), axis=0)
         for _ in range(generations):
             pool = pool[np.argsort(-promise(belief, pool, self.exploration), kind="stable")[:ELITES]]
             varied = [self._grafted(pool, plans)]

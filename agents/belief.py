@@ -39,6 +39,17 @@ def powered(error: Sum, power: float) -> Sum:
     return Sum(max(error.constant, 0.0) ** power, tuple(factors))
 
 
+Setting = tuple[float, float, float]
+"""Length scale, spread and noise."""
+
+
+def _kernel(likeness: tuple[Floats, Floats], setting: Setting) -> Floats:
+    """exp(-share of differing sites / length) plus the inner product of the shares times the spread: [N, M]."""
+    differing, shared = likeness
+    kernel: Floats = np.exp(-differing / setting[0]) + setting[1] ** 2 * shared
+    return kernel
+
+
 @dataclass(frozen=True)
 class Fit:
     """A posterior: the line (offset, slope) over the logarithm, the scale of what it leaves, the setting (length scale,
@@ -47,7 +58,7 @@ class Fit:
 
     line: tuple[float, float]
     scale: float
-    setting: tuple[float, float, float]
+    setting: Setting
     factor: Floats
     weights: Floats
     likelihood: float
@@ -71,7 +82,9 @@ class Belief:
             return
         line = self._line()
         settings = [(length, spread, noise) for length in LENGTHS for spread in SPREADS for noise in NOISES]
-        self._fit = max((self._posterior(*line, setting) for setting in settings), key=lambda fit: fit.likelihood)
+        alike = self._likeness(self._choices, self._choices)
+        fits = (self._posterior(*line, setting, alike) for setting in settings)
+        self._fit = max(fits, key=lambda fit: fit.likelihood)
 
     def supposing(self, choices: NDArray[np.int64]) -> "Belief":
         """Another belief, for which these plans [N, sites] turned out as this one has it, so that they are less open.
@@ -82,7 +95,8 @@ class Belief:
         other._choices = np.concatenate([self._choices, choices])
         other._rewards = np.concatenate([self._rewards, self.predict(choices)[0]])
         if (fit := self._fit) is not None:
-            other._fit = other._posterior(fit.line, fit.scale, fit.setting)
+            alike = other._likeness(other._choices, other._choices)
+            other._fit = other._posterior(fit.line, fit.scale, fit.setting, alike)
         return other
 
     def predict(self, choices: NDArray[np.int64]) -> tuple[Floats, Floats]:
@@ -90,7 +104,7 @@ class Belief:
         if (fit := self._fit) is None:
             return self._prior(choices), np.zeros(len(choices))
         mean = fit.line[0] + fit.line[1] * self._prior(choices)
-        cross = self._kernel(choices, self._choices, fit.setting)
+        cross = _kernel(self._likeness(choices, self._choices), fit.setting)
         explained = (cross * cho_solve((fit.factor, True), cross.T).T).sum(axis=1)
         own = 1 + np.square(fit.setting[1] * self._shares(choices)).sum(axis=1)
         return mean + fit.scale * (cross @ fit.weights), fit.scale * np.sqrt(np.maximum(own - explained, 0))
@@ -125,12 +139,10 @@ class Belief:
         shares: Floats = parts / (parts.sum(axis=1, keepdims=True) + FLOOR * self._unit)
         return shares
 
-    def _kernel(self, left: NDArray[np.int64], right: NDArray[np.int64], setting: tuple[float, float, float]) -> Floats:
-        """exp(-share of differing sites / length) plus the inner product of the shares times the spread: [N, M]."""
+    def _likeness(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """The share of differing sites, and the inner product of the shares of the sum: [N, M] each."""
         differing = (left[:, None, :] != right[None, :, :]).mean(axis=2)
-        length, spread, _ = setting
-        kernel: Floats = np.exp(-differing / length) + spread**2 * self._shares(left) @ self._shares(right).T
-        return kernel
+        return differing, self._shares(left) @ self._shares(right).T
 
     def _line(self) -> tuple[tuple[float, float], float]:
         """Offset and slope of the rewards over the logarithm, and the standard deviation of what is left."""
@@ -141,9 +153,11 @@ class Belief:
         left = self._rewards - offset - slope * prior
         return (offset, slope), max(float(left.std()), 1e-3 * float(self._rewards.std()))
 
-    def _posterior(self, line: tuple[float, float], scale: float, setting: tuple[float, float, float]) -> Fit:
+    def _posterior(
+        self, line: tuple[float, float], scale: float, setting: Setting, likeness: tuple[Floats, Floats]
+    ) -> Fit:
         """Condition on what the line leaves unexplained."""
-        covariance = self._kernel(self._choices, self._choices, setting) + setting[2] * np.eye(len(self._choices))
+        covariance = _kernel(likeness, setting) + setting[2] * np.eye(len(self._choices))
         factor = np.asarray(cholesky(covariance, lower=True))
         rest = (self._rewards - line[0] - line[1] * self._prior(self._choices)) / scale
         weights = cho_solve((factor, True), rest)

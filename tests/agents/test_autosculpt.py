@@ -218,7 +218,7 @@ def test_a_dream_has_nearly_the_least_of_the_errors_it_is_dreamt_for() -> None:
     found, excess = [], []
     for _ in range(10):
         errors = search.belief.errors(2 * noise.normal(size=len(made.error.factors)))
-        (dream,) = search._least(errors)
+        (dream,) = search._least(errors, search._at_prices(errors)[0])
         assert made.allows(dream.tolist())
         excess.append(errors(dream.tolist()) / errors.batch(plans).min() - 1)
         found.append(tuple(dream.tolist()))
