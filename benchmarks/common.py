@@ -24,13 +24,15 @@ import graphprune as gp
 from graphprune import models
 from graphprune.candidates import Candidates
 from graphprune.engines import ENGINES
+from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import StepError
 from graphprune.graph import ModelGraph
 from graphprune.machine import environment
 from graphprune.problem import Choices, GraphView, Problem
 from graphprune.randomness import seeded
 from graphprune.record import Record
-from graphprune.search import latency_cost
+from graphprune.registry import chosen_patterns
+from graphprune.search import Session, latency_cost
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = {
@@ -65,6 +67,13 @@ def trained(name: str, options: argparse.Namespace, batch_size: int = 128) -> tu
     """A trained network of `zoo.py` and CIFAR-10, of a script's `weights`, `data` and (validation) `images`."""
     task = gp.Task.load(f"cifar10:{options.data}", batch_size=batch_size, validation=options.images)
     return zoo.build(name, zoo.weights_of(name, [options.weights, zoo.TRAINED])), task
+
+
+def prepared(name: str, options: argparse.Namespace, latency: float, study: Path) -> Session:
+    """What all searches of a trained network share at a share of its latency: tables, correction, reference, study."""
+    dense, task = trained(name, options)
+    engine, target = OnnxRuntimeEngine(), gp.Target(latency=latency)
+    return Session.prepare(dense, task, target, engine, chosen_patterns(None, engine), study, lambda *_: None)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

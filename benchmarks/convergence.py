@@ -5,9 +5,9 @@
 DATA is torchvision's CIFAR-10 folder or a folder of WebP sheets, WEIGHTS a folder with cifar10_<model>.safetensors;
 those that `train.py` has written are found by themselves. The target is half of the dense latency. All agents of a
 model share one study, so the same tables and the same latency correction, and a plan that two of them find is judged
-once. What counts is the validation accuracy of the best plan so far that meets the target (by prediction and, where it
-was measured, by measurement); the last column is the latency of the plan that each search returned, measured in a
-process of its own. No test set is read, nothing is fine-tuned.
+once; tables and correction are made once for a run. What counts is the validation accuracy of the best plan so far that
+meets the target (by prediction and, where it was measured, by measurement); the last column is the latency of the plan
+that each search returned, measured in a process of its own. No test set is read, nothing is fine-tuned.
 
 `autosculpt:scratch` starts without the pretrained policy; so do its ablations, each without one thing that it sees:
 `autosculpt:random-nodes`, `autosculpt:no-patterns`, `autosculpt:no-gnn`, `autosculpt:no-errors`. `amc:transfer`,
@@ -32,14 +32,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from common import result_file, trained
+from common import prepared, result_file
 from equal_latency import Rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
 
-import graphprune as gp
 from graphprune.agents import create
 from graphprune.agents.amc import Amc
 from graphprune.agents.autosculpt import AutoSculpt
@@ -48,6 +47,7 @@ from graphprune.agents.encoder import Sight
 from graphprune.machine import environment
 from graphprune.past import History
 from graphprune.record import Record
+from graphprune.search import Session
 
 LATENCY = 0.5
 MARKS = (10, 25, 50, 100, 200)
@@ -115,22 +115,16 @@ def earlier(model: str, options: argparse.Namespace) -> Path:
     study: Path = options.work / f"earlier-{model}.db"
     finished = study.with_suffix(".done")
     if not finished.exists():
-        sought(model, create(SCRATCH), EARLIER_SEED, options, study)
+        prepared(model, options, LATENCY, study).solve(create(SCRATCH), options.trials, EARLIER_SEED)
         finished.touch()
     return study
 
 
-def sought(model: str, agent: Agent, seed: int, options: argparse.Namespace, study: Path) -> gp.Result:
-    """One search, from its study where it was begun before."""
-    dense, task = trained(model, options)
-    return gp.search(dense, task, gp.Target(latency=LATENCY), agent, options.trials, seed, study=study)
-
-
-def search(model: str, agent: str, seed: int, options: argparse.Namespace) -> Line:
-    """One search, and what is published of it."""
+def search(session: Session, model: str, agent: str, seed: int, options: argparse.Namespace) -> Line:
+    """One search, from its study where it was begun before, and what is published of it."""
     made = agent_named(agent, model, options)
     start = time.perf_counter()
-    found = sought(model, made, seed, options, options.work / f"{model}.db")
+    found = session.verify(session.solve(made, options.trials, seed), made.name, seed)
     measured = found.record.measured
     assert measured is not None
     return {
@@ -249,9 +243,13 @@ def main() -> None:
     for line in published():
         if line not in kept.rows:
             kept.add(line)
-    for model, seed, agent in product(options.models.split(","), range(options.seeds), options.agents.split(",")):
-        if not Rows(file).has(model=model, agent=agent, seed=seed, **setting):
-            line = search(model, agent, seed, options)
+    for model in options.models.split(","):
+        session = None
+        for seed, agent in product(range(options.seeds), options.agents.split(",")):
+            if Rows(file).has(model=model, agent=agent, seed=seed, **setting):
+                continue
+            session = session or prepared(model, options, LATENCY, options.work / f"{model}.db")
+            line = search(session, model, agent, seed, options)
             Rows(file).add(line)
             print(f"{model} {agent} seed {seed}: {curve(line)[-1]:.2%}, {line['seconds']:.0f} s", flush=True)
     lines = Rows(file).rows

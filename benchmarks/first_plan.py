@@ -3,29 +3,30 @@
     python benchmarks/first_plan.py --data DIR --weights DIR [--models resnet20] [--agents uniform,magnitude,autosculpt]
 
 DATA is torchvision's CIFAR-10 folder or a folder of WebP sheets, WEIGHTS a folder with cifar10_<model>.safetensors;
-those that `train.py` has written are found by themselves. Every agent gets one trial, all on one study, so on the same
-tables, the same latency correction and the same images: at `LATENCY` of the dense latency, on 500 validation images.
-`dp` beside them is what the tables alone give. The agents' own latency is predicted in the search and measured in a
-process of its own at its end. No test set is read, nothing is fine-tuned. Writes
-`results/first_plan-<engine>-1t-<processor>.json`, model by model.
+those that `train.py` has written are found by themselves. Every agent gets one trial at each of `LATENCIES`, shares of
+the dense latency; all of a model share the tables, the latency correction and the images. `dp` beside them is what the
+tables alone give. One plan says little: plans that the tables hold for equal differ by points, so the mean over the
+latencies is printed too. Latency is predicted, and measured on the spot. No test set is read, nothing is fine-tuned.
+Writes `results/first_plan-<engine>-1t-<processor>.json`, model by model.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import zoo
-from common import result_file
-from equal_latency import first_images
+from common import prepared, result_file
 
-import graphprune as gp
+from graphprune.agents import create
 from graphprune.machine import environment
+from graphprune.search import Session
 
-LATENCY = 0.5
-IMAGES = 500
+LATENCIES = (0.7, 0.6, 0.5, 0.4)
 Line = dict[str, Any]
 
 
@@ -36,40 +37,46 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--weights", required=True, type=Path, help="folder with cifar10_<model>.safetensors")
     made.add_argument("--models", default="resnet20")
     made.add_argument("--agents", default="uniform,magnitude,dp,autosculpt")
+    made.add_argument("--images", type=int, default=2000, help="validation images")
     made.add_argument("--work", type=Path, default=Path("first_plan_work"), help="folder for studies")
     return made.parse_args()
 
 
-def first_plan(model: str, agent: str, task: gp.Task, options: argparse.Namespace) -> Line:
-    """One search of one trial."""
-    dense = zoo.build(model, zoo.weights_of(model, [options.weights, zoo.TRAINED]))
+def first_plan(session: Session, agent: str, latency: float) -> Line:
+    """A search of one trial."""
     start = time.perf_counter()
-    study = options.work / f"{model}.db"
-    found = gp.search(dense, task, gp.Target(latency=LATENCY), agent, trials=1, study=study)
-    (record,) = found.records
-    measured = found.record.measured
+    (record,) = replace(session, limits={"latency": latency}).solve(create(agent), trials=1, seed=0).records
+    measured = record.measured
     assert measured is not None
     return {
-        "model": model, "agent": agent, "latency": LATENCY, "images": IMAGES, "accuracy": record.accuracy,
-        "predicted": record.predicted["latency"], "measured": [measured.value, measured.low, measured.high],
+        "agent": agent, "latency": latency, "accuracy": record.accuracy, "predicted": record.predicted["latency"],
+        "measured": [measured.value, measured.low, measured.high],
         "samples": {"dense": measured.dense, "candidate": measured.candidate},
-        "plan": json.loads(found.plan.to_json()), "dense": found.dense_record.accuracy,
+        "plan": json.loads(record.plan.to_json()), "dense": session.dense.accuracy,
         "seconds": time.perf_counter() - start,
     }  # fmt: skip
+
+
+def table(lines: Sequence[Line]) -> str:
+    """A row for each agent on a model: a column for each latency, and the mean."""
+    text = [f"{'model':12} {'agent':12}" + "".join(f"{latency:>9}" for latency in LATENCIES) + "     mean"]
+    for model, agent in dict.fromkeys((line["model"], line["agent"]) for line in lines):
+        found = [line["accuracy"] for line in lines if (line["model"], line["agent"]) == (model, agent)]
+        text.append(f"{model:12} {agent:12}" + "".join(f"{value:9.1%}" for value in [*found, mean(found)]))
+    return "\n".join(text)
 
 
 def main() -> None:
     """All agents on all models; the results of other models in the file are kept."""
     options = arguments()
     options.work.mkdir(parents=True, exist_ok=True)
-    whole = gp.Task.load(f"cifar10:{options.data}", batch_size=128)
-    task = replace(whole, validation=tuple(first_images(whole.validation, IMAGES)))
     path = result_file("first_plan")
     lines: list[Line] = json.loads(path.read_text())["plans"] if path.exists() else []
     for model in options.models.split(","):
         lines = [line for line in lines if line["model"] != model]
-        for agent in options.agents.split(","):
-            line = first_plan(model, agent, task, options)
+        session = prepared(model, options, min(LATENCIES), options.work / f"{model}.db")
+        for agent, latency in product(options.agents.split(","), LATENCIES):
+            line = {"model": model, "images": options.images, **first_plan(session, agent, latency)}
             lines.append(line)
             low, high = line["measured"][1:]
             print(
@@ -77,6 +84,7 @@ def main() -> None:
                 f"{low:.3f} to {high:.3f} measured, {line['seconds']:.0f} s", flush=True,
             )  # fmt: skip
         path.write_text(json.dumps({"plans": lines, "environment": environment()}, indent=1) + "\n")
+    print(table(lines))
 
 
 if __name__ == "__main__":

@@ -23,18 +23,15 @@ from typing import ClassVar
 
 import matplotlib
 import numpy as np
-from common import result_file, trained
+from common import prepared, result_file
 from equal_latency import Row, Rows
 from matplotlib.figure import Figure
 
-import graphprune as gp
 from graphprune.agents import create
 from graphprune.agents.sparrl import SparRL
-from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.machine import environment
 from graphprune.problem import Choices, Problem
 from graphprune.record import Record
-from graphprune.registry import chosen_patterns
 from graphprune.search import MARGIN, Session
 
 BUDGETS = (0.7, 0.6, 0.5, 0.4, 0.3)
@@ -57,16 +54,6 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--images", type=int, default=1000, help="validation images")
     made.add_argument("--work", type=Path, default=Path("tradeoff_work"), help="folder for studies and curves")
     return made.parse_args()
-
-
-def prepare(model: str, options: argparse.Namespace) -> Session:
-    """Tables and study of a model, at the tightest budget."""
-    dense, task = trained(model, options)
-    engine = OnnxRuntimeEngine()
-    return Session.prepare(
-        dense, task, gp.Target(latency=BUDGETS[-1]), engine, chosen_patterns(None, engine),
-        options.work / f"{model}.db", lambda *_: None,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,7 +149,7 @@ def main() -> None:
         for seed, name in product(range(options.seeds), (ONE_RUN, *options.agents.split(","))):
             if kept.has(model=model, agent=name, seed=seed, images=options.images):
                 continue
-            session = session or prepare(model, options)
+            session = session or prepared(model, options, BUDGETS[-1], options.work / f"{model}.db")
             found = one_run(session, seed) if name == ONE_RUN else {name: separate_runs(session, name, seed)}
             for label, records in reversed(found.items()):  # the one that says "done" is kept last
                 kept.add(line(model, label, seed, options.images, records))
