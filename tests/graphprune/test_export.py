@@ -84,7 +84,7 @@ def attention() -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
 
 
-def agree(model: nn.Module, source: Path | bytes, inputs: dict[str, Tensor]) -> None:
+def assert_agrees(model: nn.Module, source: Path | bytes, inputs: dict[str, Tensor]) -> None:
     """torch and ONNX Runtime, compared here without the code under test."""
     with torch.no_grad():
         expected = torch.utils._pytree.tree_leaves(copy.deepcopy(model).eval()(*inputs.values()))
@@ -114,7 +114,7 @@ def test_windowed_convolutions_leave_no_pad_and_no_batch_norm(tmp_path: Path) ->
     found = operators(path)
     assert (found["Conv"], found["Slice"], found["Pad"], found["BatchNormalization"]) == (2, 1, 0, 0)
     for batch in (1, 2, 5):
-        agree(model, path, {"image": torch.randn(batch, 3, 9, 8)})
+        assert_agrees(model, path, {"image": torch.randn(batch, 3, 9, 8)})
 
 
 def test_the_fast_route_gives_the_same_graph() -> None:
@@ -124,7 +124,7 @@ def test_the_fast_route_gives_the_same_graph() -> None:
     found = operators(data)
     assert (found["Conv"], found["Slice"], found["Pad"], found["BatchNormalization"]) == (2, 1, 0, 0)
     for batch in (1, 4):
-        agree(model, data, {"image": torch.randn(batch, 3, 9, 8)})
+        assert_agrees(model, data, {"image": torch.randn(batch, 3, 9, 8)})
 
 
 def test_fused_attention(tmp_path: Path) -> None:
@@ -132,14 +132,14 @@ def test_fused_attention(tmp_path: Path) -> None:
     assert model.blocks[0].attn.fused_attn
     path = export_onnx(model, tmp_path / "vit.onnx", torch.randn(2, 3, 32, 32))
     for source in (path, onnx_bytes(model, torch.randn(2, 3, 32, 32))):
-        agree(model, source, {"x": torch.randn(3, 3, 32, 32)})
+        assert_agrees(model, source, {"x": torch.randn(3, 3, 32, 32)})
 
 
 def test_pooling_of_a_channels_last_tensor_gathers_nothing(tmp_path: Path) -> None:
     model = PooledLast()
     path = export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 3, 9, 8))
     assert operators(path)["Gather"] == 0
-    agree(model, path, {"x": torch.randn(3, 3, 9, 8)})
+    assert_agrees(model, path, {"x": torch.randn(3, 3, 9, 8)})
 
 
 class FoldedAttention(nn.Module):
@@ -163,7 +163,7 @@ def test_attention_of_any_number_of_axes(masked: bool) -> None:
     model = FoldedAttention(masked)
     request = exporters.prepare(model, torch.randn(2, 6, 6), True, None)
     data = ir.to_proto(exporters.convert(request, (exporters.by_dynamo,))).SerializeToString()
-    agree(model, data, {"x": torch.randn(3, 6, 6)})
+    assert_agrees(model, data, {"x": torch.randn(3, 6, 6)})
 
 
 def test_modules_that_are_graphs_keep_the_batch_free(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_several_inputs_and_outputs(tmp_path: Path) -> None:
     assert [value.name for value in proto.graph.input] == ["values", "index"]
     assert [value.name for value in proto.graph.output] == ["output_0", "output_1", "output_2"]
     for source in (path, onnx_bytes(model, example)):
-        agree(model, source, {"values": torch.randn(4, 4), "index": torch.tensor([0, 6, 3, 3])})
+        assert_agrees(model, source, {"values": torch.randn(4, 4), "index": torch.tensor([0, 6, 3, 3])})
 
 
 def test_a_fixed_batch(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_fixed_batch(tmp_path: Path) -> None:
     path = export_onnx(model, tmp_path / "model.onnx", torch.randn(3, 3, 9, 8), dynamic_batch=False, opset=18)
     assert batches(path) == [3, 3]
     assert {entry.domain: entry.version for entry in onnx.load(path).opset_import}[""] == 18
-    agree(model, path, {"image": torch.randn(3, 3, 9, 8)})
+    assert_agrees(model, path, {"image": torch.randn(3, 3, 9, 8)})
 
 
 def test_a_batch_axis_that_cannot_be_dynamic_is_said(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_batch_axis_that_cannot_be_dynamic_is_said(tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 1
     assert not list(tmp_path.iterdir())
     export_onnx(Fixed(), path, torch.randn(3, 4), dynamic_batch=False)
-    agree(Fixed(), path, {"x": torch.randn(3, 4)})
+    assert_agrees(Fixed(), path, {"x": torch.randn(3, 4)})
 
 
 def test_the_second_exporter_serves_where_the_first_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +306,7 @@ def test_large_weights_go_to_a_second_file(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
     assert (tmp_path / "model.onnx.data").stat().st_size >= 32 * 64 * 4
     assert path.stat().st_size < 32 * 64 * 4
-    agree(model, path, {"input": torch.randn(5, 32)})
+    assert_agrees(model, path, {"input": torch.randn(5, 32)})
 
 
 @pytest.mark.parametrize(
