@@ -18,7 +18,8 @@ that is than `amc` itself.
 
 Resumable: a finished search is a line in WORK/convergence.jsonl, or in the results of an earlier run on a machine with
 the same processor; a killed one goes on from its study. Several runs may share WORK, each with agents or models
-of its own. Writes all that is there, every trial, to `results/convergence-<engine>-1t-<processor>.json` and `.png`.
+of its own. Writes all that is there, every trial, to `results/convergence-<engine>-1t-<processor>.json`, and draws the
+searches with the given number of trials: `...-<trials>trials.png`.
 """
 
 import argparse
@@ -190,6 +191,8 @@ def reached(values: Sequence[float], goal: float) -> int | None:
 
 
 def _spread(values: Sequence[float]) -> str:
+    if np.isnan(values).any():
+        return "none within target"
     return f"{mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
@@ -266,11 +269,11 @@ def published() -> list[Line]:
 
 
 def write(lines: Sequence[Line], drawn: Sequence[Line]) -> None:
-    """The results so far, and a picture of those with one number of trials."""
+    """The results so far, and a picture of those that are `drawn`, which all have one number of trials."""
     body = {"latency": LATENCY, "searches": list(lines), "environment": environment()}
     file = result_file("convergence")
     file.write_text(json.dumps(body, indent=1) + "\n")
-    plot(drawn, file.with_suffix(".png"))
+    plot(drawn, file.with_name(f"{file.stem}-{drawn[0]['trials']}trials.png"))
 
 
 if __name__ == "__main__":
