@@ -211,8 +211,12 @@ def plot(lines: Sequence[Line], path: Path) -> None:
             agent: 100 * np.array([curve(x) for x in lines if (x["model"], x["agent"]) == (model, agent)])
             for agent in own
         }
-        panel(panels[row, column], {agent: found for agent, found in curves.items() if len(found)}, agents)
-        panels[row, column].set_title(f"{model}: {title}", fontsize=11)
+        some = {agent: found for agent, found in curves.items() if np.isfinite(found).any()}
+        if some:
+            panel(panels[row, column], some, agents)
+            panels[row, column].set_title(f"{model}: {title}", fontsize=11)
+        else:
+            panels[row, column].set_axis_off()
     figure.suptitle(f"without fine-tuning, at {LATENCY:.0%} of the dense latency; mean and range of seeds", fontsize=11)
     figure.savefig(path, dpi=110)
 
