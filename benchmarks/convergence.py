@@ -276,7 +276,7 @@ def write(lines: Sequence[Line], drawn: Sequence[Line]) -> None:
     """The results so far, and a picture of those that are `drawn`, which all have one number of trials."""
     body = {"latency": LATENCY, "searches": list(lines), "environment": environment()}
     file = result_file("convergence")
-    file.write_text(json.dumps(body, indent=1) + "\n")
+    file.write_text(json.dumps(body) + "\n")
     plot(drawn, file.with_name(f"{file.stem}-{drawn[0]['trials']}trials.png"))
 
 

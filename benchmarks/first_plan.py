@@ -83,7 +83,7 @@ def main() -> None:
                 f"{model} {agent:10} {line['accuracy']:.1%} at {line['predicted']:.3f} predicted, "
                 f"{low:.3f} to {high:.3f} measured, {line['seconds']:.0f} s", flush=True,
             )  # fmt: skip
-        path.write_text(json.dumps({"plans": lines, "environment": environment()}, indent=1) + "\n")
+        path.write_text(json.dumps({"plans": lines, "environment": environment()}) + "\n")
     print(table(lines))
 
 

@@ -240,7 +240,7 @@ def main() -> None:
         "environment": environment(),
     }
     stem = result_stem("prediction", options.threads, options.batch, options.engine)
-    stem.with_name(stem.name + ".json").write_text(json.dumps(body, indent=1) + "\n")
+    stem.with_name(stem.name + ".json").write_text(json.dumps(body) + "\n")
     plot(found, stem.with_name(stem.name + ".png"), engine.identity)
 
 
