@@ -25,9 +25,8 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from common import RESULTS, in_own_process, result_file, trained
+from common import RESULTS, in_own_process, prepared, result_file
 
-import graphprune as gp
 from graphprune.agents import create
 from graphprune.agents.autosculpt import Search
 from graphprune.agents.base import Agent
@@ -35,8 +34,6 @@ from graphprune.agents.belief import Belief
 from graphprune.engines.fake import FakeEngine
 from graphprune.machine import environment
 from graphprune.problem import Floats, Problem
-from graphprune.registry import chosen_patterns
-from graphprune.search import Session
 
 LATENCY = 0.5
 AIM = 0.2
@@ -106,10 +103,7 @@ class Watched:
 
 def examine(options: argparse.Namespace) -> dict[str, Any]:
     """One search."""
-    dense, task = trained(options.model, options, batch_size=100)
-    session = Session.prepare(
-        dense, task, gp.Target(latency=LATENCY), FakeEngine(), chosen_patterns(None), None, lambda *_: None
-    )
+    session = prepared(options.model, options, LATENCY, engine=FakeEngine(), batch_size=100)
     clock = Clock()
     problem = session.solve(Watched(create(options.agent), clock), options.trials, options.seed)
     parts = {name: dict(zip(CLOCKS, spent.tolist(), strict=True)) for name, spent in clock.seconds.items()}

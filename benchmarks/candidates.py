@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import result_file, trained
+from common import prepared, result_file
 from scipy.stats import kendalltau
 
 import graphprune as gp
 from graphprune.engines.fake import FakeEngine
 from graphprune.machine import environment
 from graphprune.problem import Choices
-from graphprune.registry import chosen_patterns
 from graphprune.repair import repair
 from graphprune.search import Session, random_walk
 from graphprune.sequential import Bar
@@ -103,10 +102,7 @@ def main() -> None:
     options = made.parse_args()
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
-    dense, task = trained(options.model, options, batch_size=100)
-    session = Session.prepare(
-        dense, task, gp.Target(latency=LATENCY), FakeEngine(), chosen_patterns(None), None, lambda *_: None
-    )
+    session = prepared(options.model, options, LATENCY, engine=FakeEngine(), batch_size=100)
     judges, rng, rows = Judges(session), np.random.default_rng(0), []
     plans = [random_walk(judges.problem, rng) for _ in range(options.plans)]
     kept = options.work / f"{options.model}.jsonl"

@@ -24,6 +24,7 @@ import graphprune as gp
 from graphprune import models
 from graphprune.candidates import Candidates
 from graphprune.engines import ENGINES
+from graphprune.engines.base import Engine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import StepError
 from graphprune.graph import ModelGraph
@@ -63,16 +64,17 @@ def subject(name: str, seed: int = 0) -> Subject:
     return Subject(name, module, gp.trace(module, example), example)
 
 
-def trained(name: str, options: argparse.Namespace, batch_size: int = 128) -> tuple[nn.Module, gp.Task]:
-    """A trained network of `zoo.py` and CIFAR-10, of a script's `weights`, `data` and (validation) `images`."""
+def prepared(
+    name: str, options: argparse.Namespace, latency: float, study: Path | None = None, engine: Engine | None = None,
+    batch_size: int = 128,
+) -> Session:  # fmt: skip
+    """What all searches of a trained network of `zoo.py` share on CIFAR-10, at a share of its latency: tables,
+    correction, reference, study; of a script's `weights`, `data` and (validation) `images`. Without an engine it is
+    ONNX Runtime.
+    """
     task = gp.Task.load(f"cifar10:{options.data}", batch_size=batch_size, validation=options.images)
-    return zoo.build(name, zoo.weights_of(name, [options.weights, zoo.TRAINED])), task
-
-
-def prepared(name: str, options: argparse.Namespace, latency: float, study: Path) -> Session:
-    """What all searches of a trained network share at a share of its latency: tables, correction, reference, study."""
-    dense, task = trained(name, options)
-    engine, target = OnnxRuntimeEngine(), gp.Target(latency=latency)
+    dense = zoo.build(name, zoo.weights_of(name, [options.weights, zoo.TRAINED]))
+    engine, target = engine or OnnxRuntimeEngine(), gp.Target(latency=latency)
     return Session.prepare(dense, task, target, engine, chosen_patterns(None, engine), study, lambda *_: None)
 
 

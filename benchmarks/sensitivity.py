@@ -18,17 +18,15 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from common import RESULTS, trained
+from common import RESULTS, prepared
 from equal_latency import Row, Rows
 from scipy.stats import kendalltau
 
-import graphprune as gp
 from graphprune.agents.dp import Solver
 from graphprune.calibration import Statistics
 from graphprune.engines.fake import FakeEngine
 from graphprune.machine import environment
 from graphprune.problem import Choices, Problem
-from graphprune.registry import chosen_patterns
 from graphprune.search import Session, latency_cost
 from graphprune.sensitivity import POWER
 
@@ -87,18 +85,11 @@ class Tables:
         return self.session.task.judge(bench.answers(pruned, bench.file(pruned, cuts)), 0.0).accuracy
 
 
-def prepared(name: str, options: argparse.Namespace) -> Session:
-    """A session on all patterns."""
-    dense, task = trained(name, options, batch_size=100)
-    target = gp.Target(latency=min(SHARES))
-    return Session.prepare(dense, task, target, FakeEngine(), chosen_patterns(None), None, lambda *_: None)
-
-
 def work(name: str, options: argparse.Namespace, rows: Rows) -> None:
     """All rows of one model that are not there yet; then how each table orders the plans of all."""
     if rows.has(model=name, share=None):
         return
-    session = prepared(name, options)
+    session = prepared(name, options, min(SHARES), engine=FakeEngine(), batch_size=100)
     statistics = session.candidates.statistics
     weights = statistics.weights
     layers = {layer.node for layer in session.graph.layers}
