@@ -1,9 +1,10 @@
-"""CIFAR-10 on the device that trains: all images stay there as bytes, and whole batches are augmented there.
+"""CIFAR-10 on the device that trains: all images stay there as bytes, and a whole epoch is augmented there at once.
 
 torchvision's transforms draw once for a batch, so cropping and flipping, which want a draw for each image, are written
-here; RandAugment gets the batch in small parts instead.
+here. RandAugment gets the epoch in parts, each spread over all of its batches.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +19,12 @@ from graphprune.task import Task
 
 PADDING = 4
 CLASSES = 10
-TOGETHER = 32
-"""Images that share the operations which RandAugment draws."""
+TOGETHER = 512
+"""Images of an epoch, at most, that share the operations which RandAugment draws: a few in each batch. Parts of a batch
+would launch so many small kernels that a GPU waits for them."""
 OPERATIONS, MAGNITUDE = 2, 6
+VALIDATED = 1000
+"""Validation images in a batch there."""
 
 
 def device() -> torch.device:
@@ -34,7 +38,7 @@ def prepare_device() -> None:
 
 
 def on_device(task: Task, images: int | None = None, randaugment: bool = False, mixing: float = 0.0) -> Task:
-    """The same task with its training images (at most `images`) on the device, where they are augmented."""
+    """The same task on the device: validation batches, and the training images (at most `images`), augmented there."""
     assert task.train is not None
     epoch = task.train(0)
     assert isinstance(epoch, Epoch)
@@ -44,8 +48,11 @@ def on_device(task: Task, images: int | None = None, randaugment: bool = False, 
     augment = v2.RandAugment(OPERATIONS, MAGNITUDE, fill=[255 * value for value in task.mean]) if randaugment else None
     blend = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=CLASSES), v2.CutMix(num_classes=CLASSES)])
     mix = v2.RandomApply([blend], p=mixing) if mixing else None
+    judged = (torch.cat(parts).to(device()).split(VALIDATED) for parts in zip(*task.validation, strict=True))
     return replace(
-        task, train=lambda seed: DeviceEpoch(pixels, labels, epoch.batch_size, seed, normalise, augment, mix)
+        task,
+        train=lambda seed: DeviceEpoch(pixels, labels, epoch.batch_size, seed, normalise, augment, mix),
+        validation=tuple(zip(*judged, strict=True)),
     )
 
 
@@ -74,13 +81,14 @@ class DeviceEpoch:
         order = torch.randperm(count, generator=generator).to(place)
         corners = torch.randint(0, 2 * PADDING + 1, (2, count), generator=generator).to(place)
         flipped = (torch.rand(count, generator=generator) < 0.5).to(place)
+        images, labels = flip(crop(self.pixels[order], corners), flipped), self.labels[order]
+        if self.augment is not None:
+            parts = math.ceil(count / TOGETHER)
+            for part in range(parts):
+                images[part::parts] = self.augment(images[part::parts])
         for batch in range(len(self)):
-            part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            chosen = order[part]
-            images = flip(crop(self.pixels[chosen], corners[:, part]), flipped[part])
-            if self.augment is not None:
-                images = torch.cat([self.augment(some) for some in images.split(TOGETHER)])
-            sample = self.normalise(images), self.labels[chosen]
+            chosen = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            sample = self.normalise(images[chosen]), labels[chosen]
             yield sample if self.mix is None else self.mix(*sample)
 
 

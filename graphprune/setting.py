@@ -15,9 +15,9 @@ from graphprune.task import first_output
 
 TIMED_IMAGES = 16
 """On a CPU. A GPU is timed on a whole batch: a step of a few images would only time how fast kernels are launched."""
-TIMED_STEPS = 3
-ENOUGH_SECONDS = 4.0
-"""Where steps take long, a warm-up and one timed step of a setting have to do."""
+TIMED_STEPS = 10
+ENOUGH_SECONDS = 2.0
+"""Where steps take long, fewer of them have to do: a warm-up and one timed step at least."""
 MARGIN = 1.1
 """A setting replaces the plain one only when its step is faster by this factor: timings are noisy."""
 

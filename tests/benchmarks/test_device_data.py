@@ -1,7 +1,7 @@
 """Augmentation on the device: one draw for each image, the same for the same seed."""
 
 import torch
-from device_data import PADDING, DeviceEpoch, crop, flip, on_device
+from device_data import PADDING, TOGETHER, DeviceEpoch, crop, flip, on_device
 from torch.nn import functional
 
 from graphprune.images import Images, crop_and_flip
@@ -60,3 +60,24 @@ def test_a_task_on_the_device_is_normalised_augmented_and_mixed():
         assert inputs.min() >= -0.5 / 0.2 - 1e-4
         assert inputs.max() <= 0.7 / 0.2 + 1e-4
         assert torch.allclose(targets.sum(1), torch.ones(8))
+
+
+def test_randaugment_draws_for_parts_of_an_epoch_that_are_spread_over_its_batches():
+    labels, drawn = torch.arange(TOGETHER + 6), []
+
+    def augment(images: torch.Tensor) -> torch.Tensor:
+        drawn.append(len(images))
+        return torch.full_like(images, len(drawn))
+
+    blank = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
+    batches = list(DeviceEpoch(blank, labels, 37, 0, normalise=lambda batch: batch, augment=augment))
+    assert drawn == [len(labels) // 2] * 2
+    for images, _ in batches:
+        assert set(images[:, 0, 0, 0].tolist()) == {1, 2}
+
+
+def test_validation_on_the_device_is_the_same_images():
+    own = task(20)
+    placed = on_device(own)
+    for found, meant in zip(*(zip(*one.validation, strict=True) for one in (placed, own)), strict=True):
+        assert torch.equal(torch.cat(found).cpu(), torch.cat(meant))
