@@ -9,7 +9,8 @@ half cannot be evaluated here, since it misses the target, so the metric is know
 reward of the record or, for plans without one, what the belief says. On the way it is a line over the layers' errors
 that is fitted to those ends. The rewards of an episode add up to the metric's change from its start to its end, so the
 way between decides how fast the agent learns, not what is best. Each round evaluates the most promising of the agent's
-greedy plan and of plans that are undone in part, which makes them pre-pruned models, and cut anew.
+greedy plan and of plans that are undone in part, which makes them pre-pruned models, and cut anew. One run may serve
+several budgets: episodes go to the tightest one, and whatever meets the loosest counts as whole.
 """
 
 from collections.abc import Mapping, Sequence
@@ -172,11 +173,20 @@ class SparRL(Learner):
 
     def run(self, problem: Problem, rng: np.random.Generator) -> None:
         """Search until the trials are spent or no new plan turns up."""
-        only = problem.dense if problem.feasible(problem.dense) else only_plan(problem)
-        if only is not None:
-            problem.evaluate(only)
+        self.run_together([problem], rng)
+
+    def run_together(self, problems: Sequence[Problem], rng: np.random.Generator) -> None:
+        """One run for several problems that differ in their limits alone, each with trials of its own."""
+        asked = []
+        for problem in problems:
+            only = problem.dense if problem.feasible(problem.dense) else only_plan(problem)
+            if only is None:
+                asked.append(problem)
+            else:
+                problem.evaluate(only)
+        if not asked:
             return
-        search = self._last = Search(problem, rng, self._weights)
+        search = self._last = Search(asked, rng, self._weights)
         try:
             search.learn(*WARM_UP)
             search.spend()
@@ -186,42 +196,47 @@ class SparRL(Learner):
     def curve(self, problem: Problem, limits: Sequence[Mapping[str, float]], rng: np.random.Generator) -> list[Choices]:
         """A plan for each of several `limits` (as in `Problem.limits`): the trade-off curve, without any evaluation.
 
-        On the problem of the last run all that its records taught counts; on another problem, whose dense model must
+        On a problem of the last run all that its records taught counts; on another problem, whose dense model must
         miss its own target, the policy and the error table. Where no plan meets the limits it is the cheapest one.
         Raises InputError before the first run, unless a policy was loaded.
         """
         if self._weights is None:
             raise InputError("the agent has no policy yet: run it, or load one")
         search = self._last
-        if search is None or search.problem is not problem:
-            search = Search(problem, rng, self._weights)
+        if search is None or all(problem is not known for known in search.problems):
+            search = Search([problem], rng, self._weights)
         others = [replace(problem, limits=limit, records=[], _seen={}) for limit in limits]
-        observers = [Observer(Cuts(other, search.cuts.error)) for other in others]
+        observers = [Observer(Cuts(other, search.cuts[-1].error)) for other in others]
         return [Pruner(search.dqn.q_net, search.belief, observer, rng).best() for observer in observers]
 
 
 class Search:
-    """One run: a Q network, what is believed of plans, and those that were tried."""
+    """One run: a Q network, what is believed of plans, and those that were tried.
 
-    def __init__(self, problem: Problem, rng: np.random.Generator, weights: Weights | None) -> None:
-        self.problem = problem
+    Of several problems the tightest one, which dense misses by most, is where the episodes end.
+    """
+
+    def __init__(self, problems: Sequence[Problem], rng: np.random.Generator, weights: Weights | None) -> None:
+        self.problems = sorted(problems, key=lambda problem: problem.overrun(problem.dense))
         self.rng = rng
-        self.belief = Belief(problem)
+        tightest = self.problems[-1]
+        self.belief = Belief(tightest)
         self.rewards: dict[Choices, float] = {}
-        self.per_round = max(4, problem.trials // ROUNDS)
-        self.cuts = Cuts(problem, problem.error)
-        self.episodes = Cutting(Observer(self.cuts), EPISODES, self.metric, rng)
+        self.per_round = [max(4, problem.trials // ROUNDS) for problem in self.problems]
+        self.cuts = [Cuts(problem, tightest.error) for problem in self.problems]
+        observers = [Observer(cuts) for cuts in self.cuts]
+        self.episodes = Cutting(observers[-1], EPISODES, self.metric, rng)
         with reproducible(rng):
             self.dqn = learner(self.episodes, rng)
         if weights is not None:
             adopt(self.dqn.policy, weights)
-        self.pruner = Pruner(self.dqn.q_net, self.belief, self.episodes.observer, rng)
-        self._understand(self.pruner.finish(self.cuts.starts(VARIATIONS, rng), curiosity=1.0))
+        self.pruners = [Pruner(self.dqn.q_net, self.belief, observer, rng) for observer in observers]
+        self._understand(self.pruners[-1].finish(self.cuts[-1].starts(VARIATIONS, rng), curiosity=1.0))
 
     def metric(self, choices: Vectors) -> Floats:
         """What whole or half-cut models [N, sites] are worth: [N]."""
         worth = self.worth.halfway(choices)
-        if (done := self.cuts.finished(choices)).any():
+        if (done := self.cuts[0].finished(choices)).any():
             worth[done] = self.worth.standard(self._values(choices[done]))
         return worth
 
@@ -233,40 +248,52 @@ class Search:
 
     def _understand(self, plans: Vectors) -> None:
         """Fit the metric to what is known of plans; transitions that were judged by the one before are forgotten."""
-        self.worth = Worth(self.problem, plans, self._values(plans))
-        self.cuts.describe_by(self.worth.error)
+        self.worth = Worth(self.problems[-1], plans, self._values(plans))
+        for cuts in self.cuts:
+            cuts.describe_by(self.worth.error)
         self.dqn.replay_buffer.reset()
         self.dqn.set_env(self.episodes, force_reset=True)
 
     def learn(self, for_each_site: int, at_most: int) -> None:
         """Play and train in imagination, for so many steps of all episodes."""
-        steps = min(for_each_site * len(self.problem.decisions), at_most)
+        steps = min(for_each_site * len(self.problems[-1].decisions), at_most)
         with reproducible(self.rng):
             self.dqn.learn(steps * EPISODES, log_interval=None, reset_num_timesteps=False)
 
     def spend(self) -> None:
-        """Spend the trials, round by round, until none is left (BudgetSpent) or no new plan turns up."""
+        """Spend the trials, round by round, until none is left or no new plan turns up."""
         stalls = 0
-        while stalls < STALLS:
-            greedy = self.pruner.greedy()
-            known = [greedy, self.problem.cheapest, *self.rewards, *self.episodes.finished]
+        while stalls < STALLS and any(problem.remaining for problem in self.problems):
+            ends = list(self.episodes.finished)
             self.episodes.finished.clear()
-            tried = self._try(np.array([greedy]), 1)
-            bred = self.pruner.breed(np.unique(np.array(known), axis=0))
-            tried += self._try(bred, self.per_round - tried)
-            stalls = 0 if tried else stalls + 1
-            self._understand(bred)
+            rounds = [self._round(number, ends) for number in range(len(self.problems))]
+            stalls = 0 if any(tried for tried, _ in rounds) else stalls + 1
+            self._understand(np.unique(np.concatenate([bred for _, bred in rounds]), axis=0))
             self.learn(*ROUND_STEPS)
 
-    def _try(self, plans: Vectors, count: int) -> int:
+    def _round(self, number: int, ends: Sequence[Choices]) -> tuple[int, Vectors]:
+        """Evaluate promising plans of a problem: how many, and among which [N, sites]; `ends` are those of episodes.
+
+        What is known of plans at other budgets counts as well: those still short of this one are cut on.
+        """
+        problem, pruner, cuts = self.problems[number], self.pruners[number], self.cuts[number]
+        greedy = pruner.greedy()
+        known = np.unique(np.array([greedy, problem.cheapest, *self.rewards, *ends]), axis=0)
+        known = pruner.finish(known[cuts.finished(known) | (cuts.floors(known) <= 1 + ROUNDING)], curiosity=0.0)
+        tried = self._try(problem, np.array([greedy]), 1)
+        bred = pruner.breed(known)
+        return tried + self._try(problem, bred, self.per_round[number] - tried), bred
+
+    def _try(self, problem: Problem, plans: Vectors, count: int) -> int:
         """Evaluate the `count` most promising new plans of some [N, sites]; returns how many there were."""
         fresh = plans[[plan not in self.rewards for plan in map(tuple, plans.tolist())]]
+        count = min(count, problem.remaining)
         ranked = fresh[np.argsort(-promise(self.belief, fresh), kind="stable")[: SHORTLIST * count]]
-        legal = ranked[[passes(self.problem, plan) for plan in ranked.tolist()]]
+        legal = ranked[[passes(problem, plan) for plan in ranked.tolist()]]
         if not len(legal):
             return 0
         chosen = most_promising(self.belief, legal, count)
         for plan in map(tuple, chosen.tolist()):
-            self.rewards[plan] = reward(self.problem, self.problem.evaluate(plan), plan)
+            self.rewards[plan] = reward(problem, problem.evaluate(plan), plan)
         self.belief.learn(chosen, np.array([self.rewards[plan] for plan in map(tuple, chosen.tolist())]))
         return len(chosen)

@@ -4,12 +4,14 @@ result files.
 
 import argparse
 import ctypes
+import fcntl
 import gc
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,6 +64,19 @@ def subject(name: str, seed: int = 0) -> Subject:
         module = models.create(MODELS[name]).eval()
         example = torch.randn(2, *models.default_input_size(MODELS[name], module))
     return Subject(name, module, gp.trace(module, example), example)
+
+
+@contextmanager
+def claimed(file: Path) -> Iterator[bool]:
+    """Whether a file is ours until the context ends: no other process has it. A killed one gives it back."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def prepared(

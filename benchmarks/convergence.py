@@ -17,8 +17,8 @@ missing. A second table says after how many trials their mean reaches what `amc`
 that is than `amc` itself.
 
 Resumable: a finished search is a line in WORK/convergence.jsonl, or in the results of an earlier run on a machine with
-the same processor; a killed one goes on from its study. Several runs may share WORK, each with agents or models
-of its own. Writes all that is there, every trial, to `results/convergence-<engine>-1t-<processor>.json`, and draws the
+the same processor; a killed one goes on from its study. Several runs may share WORK: a search that another one is at is
+left to it. Writes all that is there, every trial, to `results/convergence-<engine>-1t-<processor>.json`, and draws the
 searches with the given number of trials: `...-<trials>trials.png`.
 """
 
@@ -33,7 +33,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from common import prepared, result_file
+from common import claimed, prepared, result_file
 from equal_latency import Rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -253,12 +253,13 @@ def main() -> None:
     for model in options.models.split(","):
         session = None
         for seed, agent in product(range(options.seeds), options.agents.split(",")):
-            if Rows(file).has(model=model, agent=agent, seed=seed, **setting):
-                continue
-            session = session or prepared(model, options, LATENCY, options.work / f"{model}.db")
-            line = search(session, model, agent, seed, options)
-            Rows(file).add(line)
-            print(f"{model} {agent} seed {seed}: {curve(line)[-1]:.2%}, {line['seconds']:.0f} s", flush=True)
+            with claimed(options.work / "locks" / f"{model} {agent} {seed} {options.trials}") as ours:
+                if not ours or Rows(file).has(model=model, agent=agent, seed=seed, **setting):
+                    continue
+                session = session or prepared(model, options, LATENCY, options.work / f"{model}.db")
+                line = search(session, model, agent, seed, options)
+                Rows(file).add(line)
+                print(f"{model} {agent} seed {seed}: {curve(line)[-1]:.2%}, {line['seconds']:.0f} s", flush=True)
     lines = Rows(file).rows
     own = [line for line in lines if setting.items() <= line.items()]
     write(lines, own)

@@ -2,11 +2,11 @@
 
     python benchmarks/tradeoff.py --data DIR --weights DIR [--models resnet20] [--seeds 3]
 
-`sparrl` searches once, at the tightest of the budgets, for as many plans as the others may try at all budgets together
-(`TOGETHER`); its trained agent is then asked for one plan for each budget, which is evaluated too. The others search
-anew for each budget, with an equal share of those plans. What counts is the area under the curve: the mean, over the
-budgets, of the validation accuracy of the best plan tried so far that is predicted to meet the budget, whichever search
-tried it. Nothing is fine-tuned, no test set is read.
+`sparrl` searches once, for all budgets together, with as many plans as the others may try at all of them (`TOGETHER`,
+an equal share for each budget); the last plan for each is what its trained agent proposes when it is asked for one. The
+others search anew for each budget, with the same share of those plans. What counts is the area under the curve: the
+mean, over the budgets, of the validation accuracy of the best plan tried so far that is predicted to meet the budget,
+whichever search tried it. Nothing is fine-tuned, no test set is read.
 
 Resumable: a finished curve is a line in WORK/tradeoff.jsonl. Writes `results/tradeoff-<engine>-1t-<processor>.json`
 (every plan's latency and accuracy) and `.png`.
@@ -15,11 +15,11 @@ Resumable: a finished curve is a line in WORK/tradeoff.jsonl. Writes `results/tr
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from itertools import chain, product, zip_longest
 from pathlib import Path
 from statistics import mean
-from typing import ClassVar
 
 import matplotlib
 import numpy as np
@@ -30,13 +30,14 @@ from matplotlib.figure import Figure
 from graphprune.agents import create
 from graphprune.agents.sparrl import SparRL
 from graphprune.machine import environment
-from graphprune.problem import Choices, Problem
+from graphprune.problem import BudgetSpent, Problem
 from graphprune.record import Record
 from graphprune.search import MARGIN, Session
 
 BUDGETS = (0.7, 0.6, 0.5, 0.4, 0.3)
 """Shares of the dense latency, evenly spaced, the tightest last."""
 TOGETHER = 200
+EACH = TOGETHER // len(BUDGETS)
 ONE_RUN = "sparrl, one run"
 ASKED = "sparrl, one run, its curve alone"
 """What the trained agent proposes, the plans that its search tried left out."""
@@ -56,35 +57,35 @@ def arguments() -> argparse.Namespace:
     return made.parse_args()
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """An agent that tries one plan."""
-
-    plan: Choices
-    name: ClassVar[str] = "sparrl:curve"
-
-    def run(self, problem: Problem, rng: np.random.Generator) -> None:
-        """Try it."""
-        problem.evaluate(self.plan)
-
-
 def one_run(session: Session, seed: int) -> dict[str, list[Record]]:
-    """What one search tried, and what its agent proposes for each budget afterwards."""
-    agent = SparRL()
-    problem = session.solve(agent, TOGETHER, seed)
-    limits = [{"latency": budget * MARGIN} for budget in BUDGETS]
-    proposed = agent.curve(problem, limits, np.random.default_rng(seed))
-    asked = []
-    for budget, plan in zip(BUDGETS, proposed, strict=True):
-        asked += replace(session, limits={"latency": budget}).solve(Proposal(plan), 1, seed).records
-    return {ONE_RUN: [*problem.records, *asked], ASKED: asked}
+    """What one search tried for all budgets, in turns, and what its agent proposes for each afterwards."""
+    agent, rng = SparRL(), np.random.default_rng(seed)
+    problems = [one.pose("sparrl:together", EACH, seed) for one in for_each_budget(session)]
+    for problem in problems:
+        problem.trials -= 1
+    with suppress(BudgetSpent):
+        agent.run_together(problems, rng)
+    proposed = agent.curve(problems[-1], [problem.limits for problem in problems], rng)
+    for problem, plan in zip(problems, proposed, strict=True):
+        problem.trials += 1
+        problem.evaluate(plan)
+    return {ONE_RUN: in_turns(problems), ASKED: [problem.records[-1] for problem in problems]}
 
 
 def separate_runs(session: Session, name: str, seed: int) -> list[Record]:
     """What the searches for all budgets tried, in turns."""
-    at = [replace(session, limits={"latency": budget}) for budget in BUDGETS]
-    found = [one.solve(create(name), TOGETHER // len(BUDGETS), seed).records for one in at]
-    return [record for record in chain(*zip_longest(*found)) if record is not None]
+    return in_turns([one.solve(create(name), EACH, seed) for one in for_each_budget(session)])
+
+
+def for_each_budget(session: Session) -> list[Session]:
+    """The same session at each budget."""
+    return [replace(session, limits={"latency": budget}) for budget in BUDGETS]
+
+
+def in_turns(problems: Sequence[Problem]) -> list[Record]:
+    """The records of some problems, the first of each, the second of each, ..."""
+    records = zip_longest(*(problem.records for problem in problems))
+    return [record for record in chain(*records) if record is not None]
 
 
 def line(model: str, name: str, seed: int, images: int, records: Sequence[Record]) -> Row:

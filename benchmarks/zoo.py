@@ -44,12 +44,12 @@ NETWORKS = {
     "resnet20": Network("cifar:resnet20", _sgd(100), siblings=("resnet14",)),
     "resnet14": Network("zoo:resnet?blocks=2", _sgd(30)),
     "resnet8": Network("zoo:resnet?blocks=1", _sgd(100)),
-    "vgg16_bn": Network("cifar:vgg16", _sgd(60, 0.1), mixing=0.5, siblings=("vgg11_bn",)),
-    "vgg11_bn": Network("cifar:vgg11", _sgd(60, 0.1), mixing=0.5),
-    "mobilenetv2": Network("zoo:mobilenetv2", _sgd(30, 0.1), siblings=("mobilenetv2_050",)),
-    "mobilenetv2_050": Network("zoo:mobilenetv2?width=50", _sgd(30, 0.1)),
-    "vit": Network(f"{VIT}&depth=6", _adamw(80), randaugment=True, mixing=0.5, siblings=("vit_depth3",)),
-    "vit_depth3": Network(f"{VIT}&depth=3", _adamw(80), randaugment=True, mixing=0.5),
+    "vgg16_bn": Network("cifar:vgg16", _sgd(100, 0.1), mixing=0.5, siblings=("vgg11_bn",)),
+    "vgg11_bn": Network("cifar:vgg11", _sgd(100, 0.1), mixing=0.5),
+    "mobilenetv2": Network("zoo:mobilenetv2", _sgd(96, 0.1), siblings=("mobilenetv2_050",)),
+    "mobilenetv2_050": Network("zoo:mobilenetv2?width=50", _sgd(96, 0.1)),
+    "vit": Network(f"{VIT}&depth=6", _adamw(140), randaugment=True, mixing=0.5, siblings=("vit_depth3",)),
+    "vit_depth3": Network(f"{VIT}&depth=3", _adamw(140), randaugment=True, mixing=0.5),
 }
 """Name -> network. `zoo:` specs are the functions below."""
 

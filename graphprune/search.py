@@ -235,13 +235,18 @@ class Session:
 
     # --- search and verification -----------------------------------------------------------------------------------
 
+    def pose(self, agent: str, trials: int, seed: int) -> Problem:
+        """The problem with its evaluator, for an agent of this name."""
+        problem = self.problem(trials, self._aims())
+        evaluator = self._evaluator(problem, agent, seed)
+        evaluator.listener = lambda record: self._report(problem, agent)
+        problem.evaluator = evaluator
+        self.progress("search", 0, trials, agent)
+        return problem
+
     def solve(self, agent: "Agent", trials: int, seed: int) -> Problem:
         """Run one agent; its records are in the problem."""
-        problem = self.problem(trials, self._aims())
-        evaluator = self._evaluator(problem, agent.name, seed)
-        evaluator.listener = lambda record: self._report(problem, agent.name)
-        problem.evaluator = evaluator
-        self.progress("search", 0, trials, agent.name)
+        problem = self.pose(agent.name, trials, seed)
         with suppress(BudgetSpent):
             agent.run(problem, np.random.default_rng(seed))
         if not any(record.accuracy is not None for record in problem.records):

@@ -68,6 +68,43 @@ def test_one_run_serves_budgets_that_it_was_not_asked_for(other: str, least: int
     assert wins >= least
 
 
+def together(seed: int, trials: int) -> list[Problem]:
+    """One toy at every budget, after one run for all of them."""
+    made = problem(seed, SIZES)
+    asked = [replace(made, limits=limit, records=[], _seen={}, trials=trials) for limit in BUDGETS]
+    SparRL().run_together(asked, np.random.default_rng(seed))
+    return asked
+
+
+def test_one_run_for_several_budgets_spends_each_ones_trials_on_plans_of_its_own() -> None:
+    asked = together(0, trials=8)
+    for made in asked:
+        own = {made.plan(plan) for plan in feasible_plans(made)}
+        assert len(made.records) == 8
+        assert all(record.plan in own for record in made.records)
+    plans = [record.plan for made in asked for record in made.records]
+    assert len(plans) == len(set(plans))
+
+
+def test_budgets_that_share_a_run_learn_from_each_other() -> None:
+    """Of 20 searches of 8 trials each, those that end better than a run of 8 trials for that budget alone."""
+    better = worse = 0
+    for seed in SEEDS:
+        for made in together(seed, trials=8):
+            shared = max(record.accuracy or 0 for record in made.records)
+            alone = best("sparrl", replace(made, records=[], _seen={}), seed)
+            better, worse = better + (shared > alone), worse + (shared < alone)
+    assert better > worse
+
+
+def test_a_budget_that_dense_meets_is_answered_beside_the_others() -> None:
+    made = problem(0, SIZES)
+    loose, tight = (replace(made, limits={"latency": limit}, records=[], _seen={}, trials=5) for limit in (1.0, 0.4))
+    SparRL().run_together([tight, loose], np.random.default_rng(0))
+    assert [record.plan for record in loose.records] == [made.plan(made.dense)]
+    assert len(tight.records) == 5
+
+
 def test_a_curve_spends_no_trial_and_draws_from_its_generator_alone() -> None:
     agent, made = SparRL(), problem(1, sizes=(3, 3, 3), trials=3)
     run(agent, made)
@@ -88,10 +125,10 @@ def test_imagination_alone_learns_the_error_table() -> None:
     made = problem(1, sizes=(4,) * 8)
     least, above = min(made.error(plan) for plan in feasible_plans(made)), []
     for seed in range(4):
-        search = Search(made, np.random.default_rng(seed), None)
-        random = made.error.batch(search.pruner.finish(np.zeros((200, 8), dtype=np.int64), curiosity=1.0)).mean()
+        search = Search([made], np.random.default_rng(seed), None)
+        random = made.error.batch(search.pruners[0].finish(np.zeros((200, 8), dtype=np.int64), curiosity=1.0)).mean()
         search.learn(25, 200)
-        above.append((made.error(search.pruner.greedy()) - least) / (random - least))
+        above.append((made.error(search.pruners[0].greedy()) - least) / (random - least))
     assert made.records == []
     assert np.mean(above) <= 0.25
 
@@ -106,7 +143,7 @@ def test_no_trial_is_spent_twice_on_one_plan_and_the_search_ends() -> None:
 def test_returns_are_the_change_of_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also once records correct what whole plans are worth."""
     made = problem(0, sizes=(4, 4, 4, 4))
-    search = Search(made, np.random.default_rng(0), None)
+    search = Search([made], np.random.default_rng(0), None)
     for plan in feasible_plans(made)[::9]:
         search.rewards[plan] = accuracy_of(made, plan)
     search.belief.learn(np.array(list(search.rewards)), np.array(list(search.rewards.values())))
@@ -158,7 +195,7 @@ def test_a_policy_moves_to_a_problem_of_another_size(tmp_path: Path) -> None:
     first.save_policy(tmp_path / "policy.safetensors")
     saved = load_file(tmp_path / "policy.safetensors")
     other = problem(1, sizes=(2, 5, 5, 3, 4), trials=4)
-    start = Search(other, np.random.default_rng(0), saved).dqn.policy.state_dict()
+    start = Search([other], np.random.default_rng(0), saved).dqn.policy.state_dict()
     assert start.keys() == saved.keys()
     assert all(torch.equal(start[name], value) for name, value in saved.items())
     second = SparRL()
