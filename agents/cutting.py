@@ -4,7 +4,7 @@ Wickman, Zhang, Li 2021 (arXiv 2112.01565) remove one edge of a graph at a time,
 from graphs of which a random part is gone already. Here a cut sets one site to an option that costs less.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from gymnasium import spaces
@@ -137,7 +137,8 @@ class Cuts:
         Each is as near as its cuts allow to a share of the way from dense to the target that is drawn uniformly from 0
         to `PRE_PRUNED`, and none lies beyond.
         """
-        return np.concatenate([self._start(rng.uniform(0, PRE_PRUNED), rng) for _ in range(count)])
+        starts = [self._start(rng.uniform(0, PRE_PRUNED), rng) for _ in range(count)]
+        return np.concatenate([np.zeros((0, len(self.counts)), dtype=np.int64), *starts])
 
     def _start(self, share: float, rng: np.random.Generator) -> Vectors:
         """Cut site after site at random, and go back to the vector that is nearest to the share: [1, sites]."""
@@ -214,11 +215,12 @@ class Cutting(LockStep):
     """Episodes of cuts for Stable-Baselines3: an action takes one of the `SAMPLE` cuts that are offered.
 
     An episode begins at one of `Cuts.starts` and ends when the target is met. The reward is the change of the metric.
+    Where there are several targets, each has an observer, and an equal share of the episodes.
     """
 
-    def __init__(self, observer: Observer, count: int, metric: Metric, rng: np.random.Generator) -> None:
-        super().__init__(count, observer.space, spaces.Discrete(SAMPLE))
-        self.observer = observer
+    def __init__(self, observers: Sequence[Observer], count: int, metric: Metric, rng: np.random.Generator) -> None:
+        super().__init__(count, observers[0].space, spaces.Discrete(SAMPLE))
+        self.observers = observers
         self.metric = metric
         self.finished: list[tuple[int, ...]] = []
         self._rng = rng
@@ -227,7 +229,9 @@ class Cutting(LockStep):
 
     def reset(self) -> Situations:
         """Start all episodes."""
-        return self._see(self.observer.cuts.starts(self.num_envs, self._rng))
+        counts = [len(own) for own in self._shared(np.arange(self.num_envs))]
+        starts = [observer.cuts.starts(own, self._rng) for observer, own in zip(self.observers, counts, strict=True)]
+        return self._see(starts)
 
     def step_async(self, actions: NDArray[np.int64]) -> None:
         """Keep the actions [N] for `step_wait`."""
@@ -235,16 +239,30 @@ class Cutting(LockStep):
 
     def step_wait(self) -> tuple[Situations, Floats, NDArray[np.bool_], list[dict[str, object]]]:
         """Take the cuts. Where the target is met the plan is kept in `finished`, and a new episode starts."""
-        cuts = self.observer.cuts
         before: Vectors = self._seen["decided"].astype(np.int64)
         taken: Vectors = self._seen["cuts"][np.arange(self.num_envs), self._actions].astype(np.int64)
+        stepped = [
+            self._step(observer.cuts, *own)
+            for observer, *own in zip(self.observers, self._shared(before), self._shared(taken), strict=True)
+        ]
+        after, rewards, done = zip(*stepped, strict=True)
+        return self._see(after), np.concatenate(rewards), np.concatenate(done), [{} for _ in range(self.num_envs)]
+
+    def _step(self, cuts: Cuts, before: Vectors, taken: Vectors) -> tuple[Vectors, Floats, NDArray[np.bool_]]:
+        """Where the episodes of one target go on, what they get, and which of them ended."""
         after = cuts.take(before, taken)
         rewards: Floats = np.subtract(self.metric(after), self.metric(before))
         done = cuts.finished(after)
         self.finished += map(tuple, after[done].tolist())
-        after[done] = cuts.starts(int(done.sum()), self._rng) if done.any() else after[done]
-        return self._see(after), rewards, done, [{} for _ in range(self.num_envs)]
+        after[done] = cuts.starts(int(done.sum()), self._rng)
+        return after, rewards, done
 
-    def _see(self, choices: Vectors) -> Situations:
-        self._seen = self.observer.sample(choices, self._rng)
+    def _shared(self, whole: Vectors) -> list[Vectors]:
+        """What belongs to the episodes [N, ...], for each target."""
+        return np.array_split(whole, len(self.observers))
+
+    def _see(self, choices: Sequence[Vectors]) -> Situations:
+        pairs = zip(self.observers, choices, strict=True)
+        seen = [observer.sample(own, self._rng) for observer, own in pairs if len(own)]
+        self._seen = {name: np.concatenate([one[name] for one in seen]) for name in seen[0]}
         return self._seen

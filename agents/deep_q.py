@@ -149,7 +149,7 @@ def learner(episodes: Cutting, rng: np.random.Generator) -> DoubleDQN:
         target_update_interval=episodes.num_envs,
         exploration_fraction=0.5,
         exploration_final_eps=0.1,
-        policy_kwargs={"cuts": episodes.observer.cuts},
+        policy_kwargs={"cuts": episodes.observers[0].cuts},
         seed=int(rng.integers(2**31)),
         device="cpu",
     )

@@ -10,9 +10,10 @@ reward of the record or, for plans without one, what the belief says. On the way
 that is fitted to those ends. The rewards of an episode add up to the metric's change from its start to its end, so the
 way between decides how fast the agent learns, not what is best. Each round evaluates the most promising of the agent's
 greedy plan and of plans that are undone in part, which makes them pre-pruned models, and cut anew. One run may serve
-several budgets: episodes go to the tightest one, and whatever meets the loosest counts as whole.
+several budgets: each has episodes of its own, and whatever meets the loosest counts as whole.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,8 @@ WARM_UP = (12, 400)
 """Steps of all episodes before the first trial: for each site, at most."""
 ROUNDS = 16
 """The trials are spent in about this many rounds."""
+FEWEST = 4
+"""Trials of a round, at least."""
 ROUND_STEPS = (1, 30)
 """Steps of all episodes between two rounds: for each site, at most."""
 STALLS = 4
@@ -213,7 +216,7 @@ class SparRL(Learner):
 class Search:
     """One run: a Q network, what is believed of plans, and those that were tried.
 
-    Of several problems the tightest one, which dense misses by most, is where the episodes end.
+    Of several problems, the last one is the tightest, which dense misses by most.
     """
 
     def __init__(self, problems: Sequence[Problem], rng: np.random.Generator, weights: Weights | None) -> None:
@@ -222,10 +225,11 @@ class Search:
         tightest = self.problems[-1]
         self.belief = Belief(tightest)
         self.rewards: dict[Choices, float] = {}
-        self.per_round = [max(4, problem.trials // ROUNDS) for problem in self.problems]
+        fewest = math.ceil(FEWEST / len(problems))
+        self.per_round = [max(fewest, problem.trials // ROUNDS) for problem in self.problems]
         self.cuts = [Cuts(problem, tightest.error) for problem in self.problems]
         observers = [Observer(cuts) for cuts in self.cuts]
-        self.episodes = Cutting(observers[-1], EPISODES, self.metric, rng)
+        self.episodes = Cutting(observers, EPISODES, self.metric, rng)
         with reproducible(rng):
             self.dqn = learner(self.episodes, rng)
         if weights is not None:

@@ -251,20 +251,25 @@ def main() -> None:
         if line not in kept.rows:
             kept.add(line)
     for model in options.models.split(","):
-        session = None
-        for seed, agent in product(range(options.seeds), options.agents.split(",")):
-            with claimed(options.work / "locks" / f"{model} {agent} {seed} {options.trials}") as ours:
-                if not ours or Rows(file).has(model=model, agent=agent, seed=seed, **setting):
-                    continue
-                session = session or prepared(model, options, LATENCY, options.work / f"{model}.db")
-                line = search(session, model, agent, seed, options)
-                Rows(file).add(line)
-                print(f"{model} {agent} seed {seed}: {curve(line)[-1]:.2%}, {line['seconds']:.0f} s", flush=True)
+        search_missing(model, file, setting, options)
     lines = Rows(file).rows
     own = [line for line in lines if setting.items() <= line.items()]
     write(lines, own)
     print(table(own))
     print(sooner(own))
+
+
+def search_missing(model: str, file: Path, setting: Line, options: argparse.Namespace) -> None:
+    """The searches of a model that are not in the file yet, and that no other run is at."""
+    session = None
+    for seed, agent in product(range(options.seeds), options.agents.split(",")):
+        with claimed(options.work / "locks" / f"{model} {agent} {seed} {options.trials}") as ours:
+            if not ours or Rows(file).has(model=model, agent=agent, seed=seed, **setting):
+                continue
+            session = session or prepared(model, options, LATENCY, options.work / f"{model}.db")
+            line = search(session, model, agent, seed, options)
+            Rows(file).add(line)
+            print(f"{model} {agent} seed {seed}: {curve(line)[-1]:.2%}, {line['seconds']:.0f} s", flush=True)
 
 
 def published() -> list[Line]:

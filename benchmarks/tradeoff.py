@@ -15,7 +15,6 @@ Resumable: a finished curve is a line in WORK/tradeoff.jsonl. Writes `results/tr
 import argparse
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, product, zip_longest
 from pathlib import Path
@@ -30,7 +29,7 @@ from matplotlib.figure import Figure
 from graphprune.agents import create
 from graphprune.agents.sparrl import SparRL
 from graphprune.machine import environment
-from graphprune.problem import BudgetSpent, Problem
+from graphprune.problem import Problem
 from graphprune.record import Record
 from graphprune.search import MARGIN, Session
 
@@ -60,16 +59,13 @@ def arguments() -> argparse.Namespace:
 def one_run(session: Session, seed: int) -> dict[str, list[Record]]:
     """What one search tried for all budgets, in turns, and what its agent proposes for each afterwards."""
     agent, rng = SparRL(), np.random.default_rng(seed)
-    problems = [one.pose("sparrl:together", EACH, seed) for one in for_each_budget(session)]
-    for problem in problems:
-        problem.trials -= 1
-    with suppress(BudgetSpent):
-        agent.run_together(problems, rng)
+    problems = [one.pose("sparrl:together", EACH - 1, seed) for one in for_each_budget(session)]
+    agent.run_together(problems, rng)
     proposed = agent.curve(problems[-1], [problem.limits for problem in problems], rng)
-    for problem, plan in zip(problems, proposed, strict=True):
-        problem.trials += 1
+    asked = [one.pose("sparrl:curve", 1, seed) for one in for_each_budget(session)]
+    for problem, plan in zip(asked, proposed, strict=True):
         problem.evaluate(plan)
-    return {ONE_RUN: in_turns(problems), ASKED: [problem.records[-1] for problem in problems]}
+    return {ONE_RUN: [*in_turns(problems), *in_turns(asked)], ASKED: in_turns(asked)}
 
 
 def separate_runs(session: Session, name: str, seed: int) -> list[Record]:

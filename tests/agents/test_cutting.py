@@ -1,5 +1,6 @@
 """The episodes of SparRL against enumeration: what cuts change, which are open, where episodes start, what they pay."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -141,7 +142,7 @@ def test_rewards_add_up_to_the_change_of_the_metric(made: Problem) -> None:
         return np.sin(choices @ np.arange(1.0, 1 + choices.shape[1])) * 3
 
     rng = np.random.default_rng(0)
-    episodes = Cutting(Observer(Cuts(made, made.error)), 5, metric, rng)
+    episodes = Cutting([Observer(Cuts(made, made.error))], 5, metric, rng)
     start = episodes.reset()["decided"].copy()
     total, ended = np.zeros(5), []
     for _ in range(60):
@@ -156,3 +157,24 @@ def test_rewards_add_up_to_the_change_of_the_metric(made: Problem) -> None:
     assert len(ended) == len(finals) > 20
     assert [first + change for first, change in ended] == pytest.approx(finals)
     assert all(made.allows(plan) for plan in episodes.finished)
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_each_target_has_a_share_of_the_episodes(count: int) -> None:
+    """Also where there are fewer episodes than targets."""
+    limits = (0.6, 0.45, 0.3)
+    asked = [replace(problem(0), limits={"latency": limit}) for limit in limits]
+    observers = [Observer(Cuts(one, one.error)) for one in asked]
+    rng = np.random.default_rng(0)
+    episodes = Cutting(observers, count, lambda choices: -asked[0].error.batch(choices), rng)
+    before, ended = episodes.reset(), np.zeros(count)
+    for _ in range(40):
+        actions = rng.integers(SAMPLE, size=count)
+        taken = before["cuts"][np.arange(count), actions].astype(np.int64)
+        after = observers[0].cuts.take(before["decided"].astype(np.int64), taken)
+        episodes.step_async(actions)
+        before, _, done, _ = episodes.step_wait()
+        of = np.repeat(np.arange(3), [len(own) for own in np.array_split(np.arange(count), 3)])
+        assert done.tolist() == [asked[of[number]].feasible(after[number]) for number in range(count)]
+        ended += done
+    assert (ended > 0).all()

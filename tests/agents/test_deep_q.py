@@ -14,7 +14,7 @@ def untrained(seed: int = 0) -> tuple[DoubleDQN, Cutting]:
     """A learner whose head is not zero, on a problem with seven sites."""
     made = problem(seed, sizes=(5, 4, 5, 4, 5, 4, 5), limit=0.4)
     rng = np.random.default_rng(seed)
-    episodes = Cutting(Observer(Cuts(made, made.error)), 4, lambda choices: -made.error.batch(choices), rng)
+    episodes = Cutting([Observer(Cuts(made, made.error))], 4, lambda choices: -made.error.batch(choices), rng)
     with reproducible(rng):
         dqn = learner(episodes, rng)
         for network in (dqn.q_net, dqn.q_net_target):
@@ -31,8 +31,8 @@ def test_double_target_by_hand() -> None:
 
 def test_scores_follow_their_cuts() -> None:
     dqn, episodes = untrained()
-    seen = episodes.observer.sample(
-        episodes.observer.cuts.starts(6, np.random.default_rng(1)), np.random.default_rng(2)
+    seen = episodes.observers[0].sample(
+        episodes.observers[0].cuts.starts(6, np.random.default_rng(1)), np.random.default_rng(2)
     )
     scores = score(dqn.q_net, seen)
     order = np.random.default_rng(3).permutation(scores.shape[1])
@@ -43,8 +43,8 @@ def test_scores_follow_their_cuts() -> None:
 
 def test_a_score_does_not_depend_on_what_else_is_offered() -> None:
     dqn, episodes = untrained()
-    seen = episodes.observer.sample(
-        episodes.observer.cuts.starts(6, np.random.default_rng(1)), np.random.default_rng(2)
+    seen = episodes.observers[0].sample(
+        episodes.observers[0].cuts.starts(6, np.random.default_rng(1)), np.random.default_rng(2)
     )
     few = {**seen, "cuts": seen["cuts"][:, 5:8], "values": seen["values"][:, 5:8]}
     np.testing.assert_allclose(score(dqn.q_net, few), score(dqn.q_net, seen)[:, 5:8], rtol=1e-5, atol=1e-5)
@@ -55,7 +55,7 @@ def test_before_any_training_a_score_is_what_the_cut_is_believed_to_change() -> 
     rng = np.random.default_rng(0)
     observer = Observer(Cuts(made, made.error))
     with reproducible(rng):
-        dqn = learner(Cutting(observer, 2, lambda choices: -made.error.batch(choices), rng), rng)
+        dqn = learner(Cutting([observer], 2, lambda choices: -made.error.batch(choices), rng), rng)
     starts = observer.cuts.starts(5, rng)
     seen = observer.sample(starts, rng)
     added = np.take_along_axis(observer.cuts.errors(starts), seen["cuts"], axis=1)

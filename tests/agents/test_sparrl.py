@@ -149,7 +149,7 @@ def test_returns_are_the_change_of_the_metric(monkeypatch: pytest.MonkeyPatch) -
     search.belief.learn(np.array(list(search.rewards)), np.array(list(search.rewards.values())))
     search._understand(np.array(feasible_plans(made)))
     rng = np.random.default_rng(1)
-    episodes = Cutting(search.episodes.observer, 6, search.metric, rng)
+    episodes = Cutting(search.episodes.observers, 6, search.metric, rng)
     start, total, ends = episodes.reset()["decided"].copy(), np.zeros(6), []
     for _ in range(12):
         episodes.step_async(rng.integers(64, size=6))
