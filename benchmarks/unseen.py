@@ -1,0 +1,117 @@
+"""What the plans that searches returned are worth on images that no search has seen.
+
+    python benchmarks/unseen.py --data DIR --weights DIR [--results FILE]
+
+The best of 200 accuracies on 1,000 images is partly luck, and the more so the more the plans differ. Here the plan that
+each search of `convergence.py` returned is cut and repaired anew and judged on 4,000 other images, which are in neither
+the validation nor the calibration slice. Like those, they are of the training set: no test set is read. FILE is what
+`convergence.py` wrote on a machine with this processor, or another one of its files.
+
+Resumable: a judged plan is a line in WORK/unseen.jsonl. Writes `results/unseen-<...>.json`, named as FILE is, and
+prints the mean (and the range) over the seeds of each agent.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import zoo
+from common import result_file
+from equal_latency import Rows
+
+import graphprune as gp
+from graphprune.cuts import resolve
+from graphprune.evaluation import Workbench
+from graphprune.machine import environment
+from graphprune.plan import Plan
+from graphprune.repair import FINE, make_reference
+from graphprune.surgery import remember
+from graphprune.task import Task
+
+UNSEEN = 4000
+BATCH = 500
+KEYS = ("model", "agent", "seed", "trials", "images")
+Line = dict[str, Any]
+"""A search: `KEYS`, the best accuracy that it saw, and `unseen`, that of the plan that it returned."""
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", required=True, help="folder with CIFAR-10")
+    made.add_argument("--weights", required=True, type=Path, help="folder with cifar10_<model>.safetensors")
+    made.add_argument("--results", type=Path, default=result_file("convergence"), help="what convergence.py wrote")
+    made.add_argument("--work", type=Path, default=Path("unseen_work"), help="folder for what is judged already")
+    return made.parse_args()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges plans for one network: a bench that repairs as searches do in the end, and a task of unseen images."""
+
+    bench: Workbench
+    unseen: Task
+
+    @classmethod
+    def of(cls, model: str, images: int, options: argparse.Namespace) -> "Judge":
+        """For searches on so many validation images."""
+        data = f"cifar10:{options.data}"
+        task = Task.load(data, batch_size=128, validation=images)
+        seen = images + sum(map(len, task.calibration))
+        parts = map(torch.cat, zip(*Task.load(data, validation=seen + UNSEEN).validation, strict=True))
+        inputs, targets = (part[seen:].split(BATCH) for part in parts)
+        module = zoo.build(model, zoo.weights_of(model, [options.weights, zoo.TRAINED])).eval()
+        graph = remember(module, gp.trace(module, task.example_inputs))
+        bench = Workbench(module, graph, make_reference(graph, task.calibration, FINE), task)
+        return cls(bench, replace(task, validation=tuple(zip(inputs, targets, strict=True))))
+
+    def accuracy(self, plan: Plan) -> float:
+        """The accuracy of a plan."""
+        cuts = resolve(self.bench.graph, plan)
+        return self.unseen.accuracy(self.bench.settled(cuts).build(cuts))
+
+
+def table(lines: Sequence[Line]) -> str:
+    """A row for each agent on a model with so many trials."""
+    text = [f"{'model':16} {'trials':>6} {'agent':24} {'best seen':>24} {'returned, unseen':>24}"]
+    groups = dict.fromkeys((line["model"], line["trials"], line["agent"]) for line in lines)
+    for model, trials, agent in groups:
+        own = [line for line in lines if (line["model"], line["trials"], line["agent"]) == (model, trials, agent)]
+        cells = (_spread([line[name] for line in own]) for name in ("best", "unseen"))
+        text.append(f"{model:16} {trials:6} {agent:24} " + " ".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(text)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def main() -> None:
+    """Judge what is not judged yet."""
+    options = arguments()
+    kept = Rows(options.work / "unseen.jsonl")
+    searches: list[Line] = [line for line in json.loads(options.results.read_text())["searches"] if line["met"]]
+    for model in dict.fromkeys(line["model"] for line in searches if line["model"] in zoo.NETWORKS):
+        judge = None
+        for line in [line for line in searches if line["model"] == model]:
+            facts = {key: line[key] for key in KEYS} | {"plan": line["plan"]}
+            if kept.has(**facts):
+                continue
+            judge = judge or Judge.of(model, line["images"], options)
+            best = max(accuracy for accuracy in line["accuracy"] if accuracy is not None)
+            kept.add(facts | {"best": best, "unseen": judge.accuracy(Plan.from_json(json.dumps(line["plan"])))})
+            print(table(kept.rows[-1:]).splitlines()[1], flush=True)
+    published = [{name: value for name, value in row.items() if name != "plan"} for row in kept.rows]
+    body = {"unseen images": UNSEEN, "plans": published, "environment": environment()}
+    name = options.results.name.replace("convergence", "unseen")
+    result_file("unseen").with_name(name).write_text(json.dumps(body, indent=1) + "\n")
+    print(table(kept.rows))
+
+
+if __name__ == "__main__":
+    main()
