@@ -4,7 +4,8 @@
 
 The best of 200 accuracies on 1,000 images is partly luck, and the more so the more the plans differ. Here the plan that
 each search of `convergence.py` returned is cut and repaired anew and judged on 4,000 other images, which are in neither
-the validation nor the calibration slice. Like those, they are of the training set: no test set is read. FILE is what
+the validation nor the calibration slice. No test set is read: these images are of the training set, which networks of
+`train.py` were trained on, unlike their validation slice, so that only plans of one network compare. FILE is what
 `convergence.py` wrote on a machine with this processor, or another one of its files.
 
 Resumable: a judged plan is a line in WORK/unseen.jsonl. Writes `results/unseen-<...>.json`, named as FILE is, and
