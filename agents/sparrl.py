@@ -110,9 +110,14 @@ class Pruner:
     observer: Observer
     rng: np.random.Generator
 
+    @property
+    def cuts(self) -> Cuts:
+        """The cuts that lead to the target."""
+        return self.observer.cuts
+
     def greedy(self) -> Choices:
         """From dense, always the best of *all* open cuts until the target is met; the cheapest plan if none is."""
-        cuts = self.observer.cuts
+        cuts = self.cuts
         choices = np.array([cuts.problem.dense], dtype=np.int64)
         with self.network.features_extractor.unchanging():
             while not cuts.finished(choices)[0]:
@@ -126,7 +131,7 @@ class Pruner:
 
     def finish(self, starts: Vectors, curiosity: float) -> Vectors:
         """Cut on from choice vectors [N, sites] until the target is met; `curiosity` is the chance of a random cut."""
-        cuts, choices = self.observer.cuts, starts.copy()
+        cuts, choices = self.cuts, starts.copy()
         with self.network.features_extractor.unchanging():
             while len(short := np.flatnonzero(~cuts.finished(choices))):
                 seen = self.observer.sample(choices[short], self.rng)
@@ -154,11 +159,11 @@ class Pruner:
         drawn = plans[self.rng.integers(len(plans), size=VARIATIONS)]
         kept = self.rng.random(drawn.shape) < self.rng.random((VARIATIONS, 1))
         undone = np.where(kept, drawn, 0)
-        return undone[self.observer.cuts.floors(undone) <= 1 + ROUNDING]
+        return undone[self.cuts.floors(undone) <= 1 + ROUNDING]
 
     def best(self) -> Choices:
         """The plan believed to be the best of the greedy one and those bred of it, without any evaluation."""
-        problem = self.observer.cuts.problem
+        problem = self.cuts.problem
         bred = self.breed(np.array([self.greedy()], dtype=np.int64))
         order = np.argsort(-self.belief.predict(bred)[0], kind="stable")
         ranked = (tuple(plan) for plan in bred[order].tolist())
@@ -209,7 +214,7 @@ class SparRL(Learner):
         if search is None or all(problem is not known for known in search.problems):
             search = Search([problem], rng, self._weights)
         others = [replace(problem, limits=limit, records=[], _seen={}) for limit in limits]
-        observers = [Observer(Cuts(other, search.cuts[-1].error)) for other in others]
+        observers = [Observer(Cuts(other, search.worth.error)) for other in others]
         return [Pruner(search.dqn.q_net, search.belief, observer, rng).best() for observer in observers]
 
 
@@ -225,22 +230,20 @@ class Search:
         tightest = self.problems[-1]
         self.belief = Belief(tightest)
         self.rewards: dict[Choices, float] = {}
-        fewest = math.ceil(FEWEST / len(problems))
-        self.per_round = [max(fewest, problem.trials // ROUNDS) for problem in self.problems]
-        self.cuts = [Cuts(problem, tightest.error) for problem in self.problems]
-        observers = [Observer(cuts) for cuts in self.cuts]
+        observers = [Observer(Cuts(problem, tightest.error)) for problem in self.problems]
         self.episodes = Cutting(observers, EPISODES, self.metric, rng)
         with reproducible(rng):
             self.dqn = learner(self.episodes, rng)
         if weights is not None:
             adopt(self.dqn.policy, weights)
         self.pruners = [Pruner(self.dqn.q_net, self.belief, observer, rng) for observer in observers]
-        self._understand(self.pruners[-1].finish(self.cuts[-1].starts(VARIATIONS, rng), curiosity=1.0))
+        last = self.pruners[-1]
+        self._understand(last.finish(last.cuts.starts(VARIATIONS, rng), curiosity=1.0))
 
     def metric(self, choices: Vectors) -> Floats:
         """What whole or half-cut models [N, sites] are worth: [N]."""
         worth = self.worth.halfway(choices)
-        if (done := self.cuts[0].finished(choices)).any():
+        if (done := self.pruners[0].cuts.finished(choices)).any():
             worth[done] = self.worth.standard(self._values(choices[done]))
         return worth
 
@@ -253,8 +256,8 @@ class Search:
     def _understand(self, plans: Vectors) -> None:
         """Fit the metric to what is known of plans; transitions that were judged by the one before are forgotten."""
         self.worth = Worth(self.problems[-1], plans, self._values(plans))
-        for cuts in self.cuts:
-            cuts.describe_by(self.worth.error)
+        for pruner in self.pruners:
+            pruner.cuts.describe_by(self.worth.error)
         self.dqn.replay_buffer.reset()
         self.dqn.set_env(self.episodes, force_reset=True)
 
@@ -270,23 +273,24 @@ class Search:
         while stalls < STALLS and any(problem.remaining for problem in self.problems):
             ends = list(self.episodes.finished)
             self.episodes.finished.clear()
-            rounds = [self._round(number, ends) for number in range(len(self.problems))]
+            rounds = [self._round(pruner, ends) for pruner in self.pruners]
             stalls = 0 if any(tried for tried, _ in rounds) else stalls + 1
             self._understand(np.unique(np.concatenate([bred for _, bred in rounds]), axis=0))
             self.learn(*ROUND_STEPS)
 
-    def _round(self, number: int, ends: Sequence[Choices]) -> tuple[int, Vectors]:
+    def _round(self, pruner: Pruner, ends: Sequence[Choices]) -> tuple[int, Vectors]:
         """Evaluate promising plans of a problem: how many, and among which [N, sites]; `ends` are those of episodes.
 
         What is known of plans at other budgets counts as well: those still short of this one are cut on.
         """
-        problem, pruner, cuts = self.problems[number], self.pruners[number], self.cuts[number]
+        cuts, problem = pruner.cuts, pruner.cuts.problem
+        count = max(math.ceil(FEWEST / len(self.problems)), problem.trials // ROUNDS)
         greedy = pruner.greedy()
         known = np.unique(np.array([greedy, problem.cheapest, *self.rewards, *ends]), axis=0)
         known = pruner.finish(known[cuts.finished(known) | (cuts.floors(known) <= 1 + ROUNDING)], curiosity=0.0)
         tried = self._try(problem, np.array([greedy]), 1)
         bred = pruner.breed(known)
-        return tried + self._try(problem, bred, self.per_round[number] - tried), bred
+        return tried + self._try(problem, bred, count - tried), bred
 
     def _try(self, problem: Problem, plans: Vectors, count: int) -> int:
         """Evaluate the `count` most promising new plans of some [N, sites]; returns how many there were."""

@@ -9,12 +9,13 @@ import gc
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,14 @@ def subject(name: str, seed: int = 0) -> Subject:
         module = models.create(MODELS[name]).eval()
         example = torch.randn(2, *models.default_input_size(MODELS[name], module))
     return Subject(name, module, gp.trace(module, example), example)
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """The mean of some shares and their range, in per cent; NaN stands for a search that met no target."""
+    if np.isnan(values).any():
+        return "none within target"
+    low, high = 100 * min(values), 100 * max(values)
+    return f"{mean(values):.{digits}%} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 @contextmanager

@@ -28,12 +28,11 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import matplotlib
 import numpy as np
-from common import claimed, prepared, result_file
+from common import claimed, prepared, result_file, spread
 from equal_latency import Rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -159,7 +158,7 @@ def table(lines: Sequence[Line]) -> str:
     text = [f"{'model':10} {'agent':24}" + "".join(f"{f'after {mark}':>22}" for mark in marks) + "   returned at"]
     for model, agent in dict.fromkeys((line["model"], line["agent"]) for line in lines):
         own = [line for line in lines if (line["model"], line["agent"]) == (model, agent)]
-        cells = [_spread([curve(line)[mark - 1] for line in own]) for mark in marks]
+        cells = [spread([curve(line)[mark - 1] for line in own]) for mark in marks]
         shares = ", ".join(f"{line['latency'][0]:.3f}" for line in own)
         text.append(f"{model:10} {agent:24}" + "".join(f"{cell:>22}" for cell in cells) + f"   {shares}")
     return "\n".join(text)
@@ -188,12 +187,6 @@ def sooner(lines: Sequence[Line]) -> str:
 def reached(values: Sequence[float], goal: float) -> int | None:
     """The first trial, from 1, at which a curve is no lower than a goal."""
     return next((trial for trial, value in enumerate(values, 1) if value >= goal), None)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if np.isnan(values).any():
-        return "none within target"
-    return f"{mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:

@@ -22,7 +22,7 @@ from statistics import mean
 
 import matplotlib
 import numpy as np
-from common import prepared, result_file
+from common import prepared, result_file, spread
 from equal_latency import Row, Rows
 from matplotlib.figure import Figure
 
@@ -107,11 +107,10 @@ def table(rows: Sequence[Row]) -> str:
     for model, name in dict.fromkeys((row["model"], row["agent"]) for row in rows):
         own = [areas(row) for row in rows if (row["model"], row["agent"]) == (model, name)]
         ends = [one[-1] for one in own]
-        spread = f"{mean(ends):.2%} ({100 * min(ends):.2f} to {100 * max(ends):.2f})"
         ours = np.mean([areas(row) for row in rows if (row["model"], row["agent"]) == (model, ONE_RUN)], axis=0)
         reached = np.flatnonzero(ours >= mean(ends))
         text.append(
-            f"{model:10} {name:34} {max(map(len, own)):6} {spread:>22}   "
+            f"{model:10} {name:34} {max(map(len, own)):6} {spread(ends, 2):>22}   "
             + (str(reached[0] + 1) if len(reached) else "never")
         )
     return "\n".join(text)

@@ -17,12 +17,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 import zoo
-from common import result_file
+from common import result_file, spread
 from equal_latency import Rows
 
 import graphprune as gp
@@ -83,13 +82,9 @@ def table(lines: Sequence[Line]) -> str:
     groups = dict.fromkeys((line["model"], line["trials"], line["agent"]) for line in lines)
     for model, trials, agent in groups:
         own = [line for line in lines if (line["model"], line["trials"], line["agent"]) == (model, trials, agent)]
-        cells = (_spread([line[name] for line in own]) for name in ("best", "unseen"))
+        cells = (spread([line[name] for line in own]) for name in ("best", "unseen"))
         text.append(f"{model:16} {trials:6} {agent:24} " + " ".join(f"{cell:>24}" for cell in cells))
     return "\n".join(text)
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
 def main() -> None:
