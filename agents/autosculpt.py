@@ -32,6 +32,7 @@ from graphprune.agents.policies import Learner, Weights, adopt, read_policy, rep
 from graphprune.agents.wall import only_plan
 from graphprune.environment import Observer, reward
 from graphprune.problem import ROUNDING, Choices, Problem, Sum
+from graphprune.record import Record
 
 EPISODES = 64
 """Episodes per PPO update."""
@@ -62,16 +63,24 @@ SPREAD = 0.3
 """Standard deviation of the logarithm of the prices at which plans are varied."""
 DREAMS = 0.75
 """Share of a round's trials, at the beginning, that goes to plans for errors drawn from what is believed of them."""
-LEAST_WRONG = 0.01
-"""A share of wrong answers below which plans are not told apart."""
+LEAST_WRONG, LEAST_OFF = 0.01, 1e-4
+"""A share of wrong answers, and a deviation of outputs, below which plans are not told apart."""
 CURIOSITY = 0.5
 """Chance that an open site of a variation is drawn uniformly instead of from the policy, which soon is too sure."""
 Vectors = NDArray[np.int64]
 
 
-def merit(reward: float) -> float:
-    """Minus the logarithm of the share of wrong answers: a line over the logarithm of the layers' errors."""
-    return -float(np.log(max(1 - reward, LEAST_WRONG)))
+def merit(problem: Problem, record: Record, choices: Choices) -> float:
+    """Minus the logarithm of how far off a plan is: a line over the logarithm of the layers' errors.
+
+    That is the deviation of its outputs, which is known much better than the share of wrong answers; the latter where
+    outputs were not compared. What it overruns the target by, which every plan meets by prediction, is taken off.
+    """
+    accuracy = reward(problem, record, choices, band=np.inf)
+    if record.deviation is None or record.accuracy is None:
+        return -float(np.log(max(1 - accuracy, LEAST_WRONG)))
+    off = max(1 - record.accuracy, LEAST_WRONG) * max(record.deviation, LEAST_OFF)
+    return accuracy - record.accuracy - float(np.log(off)) / 2
 
 
 def fits(weights: Weights, problem: Problem) -> bool:
@@ -398,7 +407,7 @@ class Search:
             belief, fresh = belief.supposing(fresh[[best]]), np.delete(fresh, best, axis=0)
         values = []
         for plan in map(tuple, chosen.tolist()):
-            self.rewards[plan] = merit(reward(self.problem, self.problem.evaluate(plan), plan, band=np.inf))
+            self.rewards[plan] = merit(self.problem, self.problem.evaluate(plan), plan)
             values.append(self.rewards[plan])
         self.belief.learn(chosen, np.array(values))
         return len(chosen)

@@ -50,6 +50,14 @@ def arguments() -> argparse.Namespace:
     return made.parse_args()
 
 
+def unseen(task: Task, data: str) -> Task:
+    """A task of CIFAR-10 whose validation images are others, which are in neither of the task's slices."""
+    seen = task.images + sum(map(len, task.calibration))
+    parts = map(torch.cat, zip(*Task.load(f"cifar10:{data}", validation=seen + UNSEEN).validation, strict=True))
+    inputs, targets = (part[seen:].split(BATCH) for part in parts)
+    return replace(task, validation=tuple(zip(inputs, targets, strict=True)))
+
+
 @dataclass(frozen=True)
 class Judge:
     """Judges plans for one network: a bench that repairs as searches do in the end, and a task of unseen images."""
@@ -60,15 +68,11 @@ class Judge:
     @classmethod
     def of(cls, model: str, images: int, options: argparse.Namespace) -> "Judge":
         """For searches on so many validation images."""
-        data = f"cifar10:{options.data}"
-        task = Task.load(data, batch_size=128, validation=images)
-        seen = images + sum(map(len, task.calibration))
-        parts = map(torch.cat, zip(*Task.load(data, validation=seen + UNSEEN).validation, strict=True))
-        inputs, targets = (part[seen:].split(BATCH) for part in parts)
+        task = Task.load(f"cifar10:{options.data}", batch_size=128, validation=images)
         module = zoo.build(model, zoo.weights_of(model, [options.weights, zoo.TRAINED])).eval()
         graph = remember(module, gp.trace(module, task.example_inputs))
         bench = Workbench(module, graph, make_reference(graph, task.calibration, FINE), task)
-        return cls(bench, replace(task, validation=tuple(zip(inputs, targets, strict=True))))
+        return cls(bench, unseen(task, options.data))
 
     def accuracy(self, plan: Plan) -> float:
         """The accuracy of a plan."""

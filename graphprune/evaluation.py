@@ -8,11 +8,12 @@ from functools import cached_property, partial
 from math import inf
 from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from graphprune.candidates import Candidates
 from graphprune.counting import count
 from graphprune.cuts import Cuts
+from graphprune.deviation import Watched, first_outputs
 from graphprune.engines.base import Engine
 from graphprune.errors import StepError
 from graphprune.export import onnx_bytes
@@ -92,6 +93,11 @@ class Workbench:
         return self.asking.answers(file) if file is not None and on_cpu else partial(predict, pruned)
 
     @cached_property
+    def dense_outputs(self) -> tuple[Tensor, ...]:
+        """What the dense model answers to the first validation batches."""
+        return first_outputs(partial(predict, self.model), [inputs for inputs, _ in self.task.validation])
+
+    @cached_property
     def asking(self) -> Asking:
         """How files are asked, found once on the dense model."""
         assert self.surgeon is not None
@@ -159,7 +165,11 @@ class Evaluator:
         return record
 
     def _deserves_more(self, record: Record) -> bool:
-        """Whether a candidate that was given up might be among the best by now: another agent set another bar."""
+        """Whether a candidate that was given up might be among the best by now, since another agent set another bar,
+        or was judged by a version that did not compare outputs.
+        """
+        if record.accuracy is not None and record.deviation is None:
+            return True
         if record.accuracy is None or not record.images:
             return False
         correct = round(record.accuracy * record.images)
@@ -183,9 +193,13 @@ class Evaluator:
         pruned = self.bench.build(cuts)
         counts = count(pruned, self.bench.task.example_inputs)
         file = self.bench.file(pruned, cuts)
-        found = self.bench.task.judge(self.bench.answers(pruned, file), inf if always else self.bar.height)
+        watched = Watched(self.bench.answers(pruned, file), self.bench.dense_outputs)
+        found = self.bench.task.judge(watched, inf if always else self.bar.height)
         images = 0 if found.complete else found.images
-        record = replace(blank, accuracy=found.accuracy, images=images, flops=counts.flops, params=counts.params)
+        record = replace(
+            blank, accuracy=found.accuracy, deviation=watched.deviation, images=images, flops=counts.flops,
+            params=counts.params,
+        )  # fmt: skip
         if always or (found.complete and found.accuracy > self.best and self._feasible(record)):
             exported = file or onnx_bytes(pruned, self.bench.task.example_inputs)
             record = replace(record, measured=self.measure(exported))

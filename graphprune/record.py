@@ -24,9 +24,10 @@ class Share:
 class Record:
     """What is known of one plan.
 
-    `accuracy` is the task's metric on the validation slice, in [0, 1]; `predicted` are shares of the dense model
-    (latency, flops, params); `images` is how many images it is over where a hopeless candidate was given up, 0 where it
-    is over all of them; `measured` is there when the plan was exported and run; `flops` (multiply-adds x 2) and
+    `accuracy` is the task's metric on the validation slice, in [0, 1]; `deviation` is how far its outputs there are
+    from the dense model's (squared, relative to those; 0 is the same); `images` is how many images both are over where
+    a hopeless candidate was given up, 0 where they are over all of them; `predicted` are shares of the dense model
+    (latency, flops, params); `measured` is there when the plan was exported and run; `flops` (multiply-adds x 2) and
     `params` are counted on the pruned model. A candidate that failed has `error` and no accuracy.
     """
 
@@ -43,6 +44,7 @@ class Record:
     seconds: float = 0.0
     environment: Mapping[str, str] = field(default_factory=dict)
     images: int = 0
+    deviation: float | None = None
 
     @property
     def rank(self) -> tuple[bool, float, float]:

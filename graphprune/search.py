@@ -22,6 +22,7 @@ from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError, StepError, TargetError
 from graphprune.evaluation import Evaluator, Workbench
 from graphprune.export import onnx_bytes
+from graphprune.finalists import ranked
 from graphprune.graph import ModelGraph
 from graphprune.machine import environment
 from graphprune.measure import share
@@ -41,7 +42,7 @@ from graphprune.sensitivity import calibrated
 from graphprune.study import Study, label
 from graphprune.surgery import remember
 from graphprune.target import Target
-from graphprune.task import Task
+from graphprune.task import Task, top1
 from graphprune.tightening import tightened
 from graphprune.tracing import trace
 from graphprune.views import graph_view
@@ -60,7 +61,7 @@ LEAST_SAVED = 0.05
 MARGIN = 0.96
 """The search aims a little below the latency target, so that the verified upper bound still meets it."""
 FINALISTS = 8
-"""Plans of the search that are verified at most, the best first, until one holds."""
+"""Plans of the search that are verified at most, in the order of `finalists.ranked`, until one holds."""
 TIGHTENED = (1.5, 2.5, 4.0)
 """Where none of them holds, the one that missed the target least is made cheaper by so many times what it missed."""
 VERIFY_ROUNDS = 60
@@ -294,8 +295,7 @@ class Session:
         self, problem: Problem, seen: Sequence[tuple[float, Record, nn.Module, Route]], evaluator: Evaluator
     ) -> Iterator[Record]:
         """What to verify, one plan after another, while `seen` tells what became of those before."""
-        ranked = sorted((r for r in problem.records if r.accuracy is not None), key=lambda r: r.rank, reverse=True)
-        plans = list({record.plan: record for record in ranked}.values())
+        plans = ranked(problem.records, self.task.images if self.task.metric is top1 else 0)
         slowest, asked = inf, 0  # what is predicted no faster than a plan that just missed the target would miss it too
         for record in plans:
             if asked < FINALISTS and record.predicted["latency"] <= slowest:

@@ -29,7 +29,7 @@ from graphprune.counting import count
 from graphprune.engines.fake import FakeEngine
 from graphprune.errors import InputError
 from graphprune.problem import BudgetSpent, Choices, Problem
-from graphprune.record import Record
+from graphprune.record import Record, Share
 from graphprune.registry import patterns
 from graphprune.search import Session, search
 from graphprune.target import Target
@@ -228,10 +228,28 @@ def test_a_dream_has_nearly_the_least_of_the_errors_it_is_dreamt_for() -> None:
     assert len(search.dreams(4)) == 4
 
 
-def test_what_a_plan_is_worth_rises_with_its_reward_evenly_in_what_is_wrong() -> None:
-    worths = [merit(reward) for reward in (-1.0, 0.0, 0.5, 0.75, 0.875)]
-    assert np.diff(worths) == pytest.approx(np.log(2))
-    assert merit(1.0) == merit(0.995) > merit(0.98)
+def judged(made: Problem, accuracy: float | None, deviation: float | None = None) -> Record:
+    """The record of the cheapest plan, as if it had turned out so."""
+    error = "boom" if accuracy is None else None
+    return Record(made.plan(made.cheapest), accuracy, accuracy is not None, deviation=deviation, error=error)
+
+
+def test_what_a_plan_is_worth_rises_evenly_in_what_is_off() -> None:
+    made = problem(TOY)
+    wrong = [merit(made, judged(made, accuracy), made.cheapest) for accuracy in (None, 0.0, 0.5, 0.75, 0.875)]
+    assert np.diff(wrong) == pytest.approx(np.log(2))
+    most, alike, less = (merit(made, judged(made, accuracy), made.cheapest) for accuracy in (1.0, 0.995, 0.98))
+    assert most == alike > less
+    far = [merit(made, judged(made, 0.5, deviation), made.cheapest) for deviation in (1.0, 0.5, 0.25)]
+    assert np.diff(far) == pytest.approx(np.log(2))
+
+
+def test_outputs_count_for_more_than_answers_and_an_overrun_is_taken_off() -> None:
+    made = problem(TOY)
+    near, lucky = judged(made, 0.8, 0.1), judged(made, 0.9, 0.2)
+    assert merit(made, near, made.cheapest) > merit(made, lucky, made.cheapest)
+    late = replace(near, measured=Share(1.1 * made.limits["latency"], 0.0, 1.0, (), (), "an engine"))
+    assert merit(made, near, made.cheapest) - merit(made, late, made.cheapest) == pytest.approx(0.1)
 
 
 def test_dreams_and_exploration_end_with_the_trials() -> None:

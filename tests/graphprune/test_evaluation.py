@@ -101,6 +101,14 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Cuts]:
     return seen
 
 
+def squared_distance(dense: nn.Module, pruned: nn.Module, work: Task) -> float:
+    """Of all validation outputs, relative to the dense ones."""
+    inputs = torch.cat([inputs for inputs, _ in work.validation])
+    with torch.no_grad():
+        expected, outputs = dense.eval()(inputs), pruned(inputs)
+    return float((outputs - expected).square().mean() / expected.square().mean())
+
+
 def test_a_record_says_what_the_built_model_is() -> None:
     p, engine = parts(), FakeEngine()
     choices = p.vector(conv2_kernel="1x3 middle", conv1="16 of 32")
@@ -109,6 +117,7 @@ def test_a_record_says_what_the_built_model_is() -> None:
     counts = count(pruned, p.bench.task.example_inputs)
     assert (record.flops, record.params) == (counts.flops, counts.params)
     assert record.accuracy == p.bench.task.accuracy(pruned)
+    assert record.deviation == pytest.approx(squared_distance(p.model, pruned, p.bench.task), rel=1e-5)
     assert record.predicted == {name: cost(choices) for name, cost in p.costs.items()}
     assert (record.plan, record.agent, record.seed, record.error) == (p.plan(choices), "someone", 7, None)
     assert record.feasible
@@ -177,6 +186,16 @@ def test_identical_plans_are_served_from_the_study(builds: list[Cuts]) -> None:
     assert not again.feasible, "feasible is a matter of the limits at hand"
     assert (again.accuracy, again.flops, again.seconds) == (record.accuracy, record.flops, record.seconds)
     assert first.study.records() == [record]
+
+
+def test_a_plan_of_a_version_that_did_not_compare_outputs_is_judged_anew(builds: list[Cuts]) -> None:
+    p = parts()
+    choices, evaluate = p.vector(conv2_kernel="1x3 middle"), p.evaluator(LOOSE)
+    known = p.evaluator(LOOSE)(choices)
+    evaluate.study.add(replace(known, deviation=None))
+    builds.clear()
+    assert evaluate(choices).deviation == evaluate(choices).deviation == known.deviation
+    assert len(builds) == 1
 
 
 def test_failure_is_a_value(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,165 @@
+"""What a search sees of a plan, and how well that tells which plan is better on images that no search has seen.
+
+    python benchmarks/signals.py --data DIR --weights DIR [--models resnet20,vit] [--plans 100]
+
+DATA is torchvision's CIFAR-10 folder or a folder of WebP sheets, WEIGHTS a folder with cifar10_<model>.safetensors;
+those that `train.py` has written are found by themselves. The plans are such as searches try: the dynamic programme's
+for random weights of the layers' errors, at half of the dense latency by prediction, cut and repaired as in a search.
+Each is judged on 1,000 validation images and on 4,000 that are in no slice (`unseen.py`). Signals are the predicted
+sum of errors, which needs no trial, and on 250, 500 or 1,000 images the share of wrong answers, the mean
+Kullback-Leibler divergence from the dense model's class probabilities, and the deviation of the outputs (squared,
+relative to the dense ones), which agents learn from. No test set is read, nothing is fine-tuned.
+
+The table gives Spearman's rank correlation of each signal with the accuracy on unseen images; below it stands the mean
+unseen accuracy of the plan that is taken out of 40 (random draws of the plans above): the one with most right
+answers, the one with the least deviation, and the first of `finalists.ranked`, which weighs both. Writes
+`results/signals-<engine>-1t-<processor>.json`, plan by plan; the results of other models in the file are kept.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from common import prepared, result_file
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from torch import Tensor
+from unseen import UNSEEN, unseen
+
+from graphprune.agents.dp import Solver
+from graphprune.finalists import ranked
+from graphprune.machine import environment
+from graphprune.plan import Choice, Plan
+from graphprune.problem import Choices, Problem
+from graphprune.record import Record
+from graphprune.search import Session
+from graphprune.task import predict
+
+LATENCY = 0.5
+POWERS, WIDTHS = (0.5, 0.75, 1.0, 1.5), (0.3, 0.6, 1.0)
+"""Powers of the layers' errors, and standard deviations of the logarithms of their weights."""
+LOOKS = (250, 500, 1000)
+"""Numbers of images."""
+SIGNALS = ("wrong", "divergence", "deviation")
+DRAWN, DRAWS = 40, 2000
+Line = dict[str, Any]
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", required=True, help="folder with CIFAR-10")
+    made.add_argument("--weights", required=True, type=Path, help="folder with cifar10_<model>.safetensors")
+    made.add_argument("--models", default="resnet20,resnet56,vit")
+    made.add_argument("--plans", type=int, default=100)
+    return made.parse_args()
+
+
+def drawn(problem: Problem, count: int) -> list[Choices]:
+    """Different plans that are best for some weights of the errors."""
+    solver, rng = Solver(problem), np.random.default_rng(0)
+    found = dict.fromkeys([solver.solve(1.0, 1.0, np.ones(len(solver.components)))])
+    while len(found) < count:
+        weights = np.exp(rng.choice(WIDTHS) * rng.normal(size=len(solver.components)))
+        found[solver.solve(1.0, float(rng.choice(POWERS)), weights)] = None
+    return [plan for plan in found if plan is not None]
+
+
+def signals(outputs: Tensor, dense: Tensor, targets: Tensor) -> dict[str, float]:
+    """What can be said of outputs [N, classes] beside the dense model's, with labels [N]."""
+    logarithms, expected = outputs.double().log_softmax(1), dense.double().log_softmax(1)
+    return {
+        "wrong": float((outputs.argmax(1) != targets).double().mean()),
+        "divergence": float((expected.exp() * (expected - logarithms)).sum(1).mean()),
+        "deviation": float((outputs - dense).double().square().sum() / dense.double().square().sum()),
+    }
+
+
+def judge(session: Session, plan: Choices, seen: Sequence[Tensor], others: Sequence[Tensor], dense: Tensor) -> Line:
+    """A plan's signals on the first of the `seen` images, and its accuracy on others: (inputs, targets) each."""
+    cuts = session.candidates.cuts(plan)
+    pruned = session.bench.build(cuts)
+    answers = session.bench.answers(pruned, session.bench.file(pruned, cuts))
+    outputs, unknown = (torch.cat([answers(part) for part in images.split(250)]) for images in (seen[0], others[0]))
+    return {
+        "choices": list(plan),
+        "error": session.error(plan),
+        "seen": {str(n): signals(outputs[:n], dense[:n], seen[1][:n]) for n in LOOKS},
+        "unseen": float((unknown.argmax(1) == others[1]).double().mean()),
+    }
+
+
+def table(model: str, lines: Sequence[Line]) -> str:
+    """The correlations, and what is taken of some plans."""
+    unseen_accuracy = np.array([line["unseen"] for line in lines])
+
+    def agreement(signal: Callable[[Line], float]) -> str:
+        return f"{spearmanr([-signal(line) for line in lines], unseen_accuracy).statistic:12.2f}"
+
+    text = [f"{model}: {len(lines)} plans, {unseen_accuracy.min():.1%} to {unseen_accuracy.max():.1%} on unseen images"]
+    text.append(f"{'predicted error':16}{agreement(lambda line: line['error'])}")
+    text.append(" " * 16 + "".join(f"{f'{n} images':>12}" for n in LOOKS))
+    for name in SIGNALS:
+        cells = (agreement(lambda line, n=n, name=name: line["seen"][str(n)][name]) for n in LOOKS)  # type: ignore[misc]
+        text.append(f"{name:16}" + "".join(cells))
+    for name, order in ORDERS.items():
+        text.append(f"{name:16}" + "".join(f"{taken(lines, n, order):12.2%}" for n in LOOKS))
+    return "\n".join(text)
+
+
+def by_ranking(lines: Sequence[Line], images: int) -> int:
+    """The place of the line that `finalists.ranked` puts first."""
+    records = [
+        Record(
+            Plan("", (Choice(str(number), "", "", ()),)), 1 - line["seen"][str(images)]["wrong"], feasible=True,
+            deviation=line["seen"][str(images)]["deviation"],
+        )
+        for number, line in enumerate(lines)
+    ]  # fmt: skip
+    return int(ranked(records, images)[0].plan.choices[0].site)
+
+
+def by_least(signal: str) -> Callable[[Sequence[Line], int], int]:
+    """What finds the place of the line with the least of a signal."""
+    return lambda lines, images: int(np.argmin([line["seen"][str(images)][signal] for line in lines]))
+
+
+ORDERS = {"most right": by_least("wrong"), "least deviation": by_least("deviation"), "ranked": by_ranking}
+
+
+def taken(lines: Sequence[Line], images: int, order: Callable[[Sequence[Line], int], int]) -> float:
+    """The mean unseen accuracy of what an order takes out of `DRAWN` plans."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(DRAWS):
+        some: NDArray[np.int64] = rng.choice(len(lines), min(DRAWN, len(lines)), replace=False)
+        own = [lines[number] for number in some]
+        found.append(own[order(own, images)]["unseen"])
+    return mean(found)
+
+
+def main() -> None:
+    """All plans of all models; the results of other models in the file are kept."""
+    options = arguments()
+    options.images = max(LOOKS)
+    path = result_file("signals")
+    plans: dict[str, list[Line]] = json.loads(path.read_text())["plans"] if path.exists() else {}
+    for model in options.models.split(","):
+        session = prepared(model, options, LATENCY)
+        seen, others = (
+            tuple(map(torch.cat, zip(*task.validation, strict=True)))
+            for task in (session.task, unseen(session.task, options.data))
+        )
+        dense = torch.cat([predict(session.module, part) for part in seen[0].split(250)])
+        problem = session.problem(1, {"latency": LATENCY})
+        plans[model] = [judge(session, plan, seen, others, dense) for plan in drawn(problem, options.plans)]
+        path.write_text(json.dumps({"unseen images": UNSEEN, "plans": plans, "environment": environment()}) + "\n")
+        print(table(model, plans[model]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
