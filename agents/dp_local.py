@@ -106,11 +106,11 @@ class Search:
 
     def start(self) -> None:
         """Evaluate the dynamic programme's solutions for its settings; the cheapest plan where it has none."""
-        equal, share = np.ones(len(self.solver.components)), max(1, int(PART * self.problem.trials))
+        share = max(1, int(PART * self.problem.trials))
         for scale in SCALES:
             for exponent in EXPONENTS:
                 if len(self.ranks) < share:
-                    self._try(self.solver.solve(scale, exponent, equal))
+                    self._try(self.solver.solve(scale, exponent))
         if not self.ranks:
             self._evaluate(self.problem.cheapest)
 
@@ -129,8 +129,8 @@ class Search:
         """
         for attempt in range(ATTEMPTS):
             width = SPREAD * (1 + attempt / ATTEMPTS)
-            weights = np.exp(width * self.rng.normal(size=len(self.solver.components)))
-            if self._try(plan := self.solver.solve(1.0, 1.0, weights)):
+            weights = np.exp(width * self.rng.normal(size=self.solver.layers))
+            if self._try(plan := self.solver.solve(weights=weights)):
                 return plan
         for known in sorted(self.ranks, key=lambda plan: self.ranks[plan], reverse=True):
             for plan in neighbours(self.problem, known):

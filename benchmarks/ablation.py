@@ -103,7 +103,7 @@ class Tables:
 
     def at(self, limit: float, exponent: float = 1.0) -> Choices | None:
         """The plan of least error within a predicted latency; None if there is none."""
-        return self.solver.solve(limit, exponent, np.ones(len(self.solver.components)))
+        return self.solver.solve(limit, exponent)
 
     def finder(self, exponent: float) -> Finder[Choices]:
         """Looks for plans by their predicted latency."""

@@ -170,8 +170,7 @@ def trials(pool: Sequence[Problem]) -> list[Trial]:
     made = []
     for whole, share in product(pool, TESTED):
         task = rebudgeted(whole, share)
-        solver = Solver(task)
-        best = solver.solve(1.0, 1.0, np.ones(len(solver.components)))
+        best = Solver(task).solve()
         rivals = [min(map(task.error, proposed(name, task))) for name in ("uniform", "magnitude")]
         made.append(Trial(task, min(rivals if best is None else [task.error(best), *rivals]), *rivals))
     return made

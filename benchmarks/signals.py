@@ -63,9 +63,9 @@ def arguments() -> argparse.Namespace:
 def drawn(problem: Problem, count: int) -> list[Choices]:
     """Different plans that are best for some weights of the errors."""
     solver, rng = Solver(problem), np.random.default_rng(0)
-    found = dict.fromkeys([solver.solve(1.0, 1.0, np.ones(len(solver.components)))])
+    found = dict.fromkeys([solver.solve()])
     while len(found) < count:
-        weights = np.exp(rng.choice(WIDTHS) * rng.normal(size=len(solver.components)))
+        weights = np.exp(rng.choice(WIDTHS) * rng.normal(size=solver.layers))
         found[solver.solve(1.0, float(rng.choice(POWERS)), weights)] = None
     return [plan for plan in found if plan is not None]
 

@@ -29,7 +29,7 @@ def searched(made: Problem, agent: str = "dp+local", seed: int = 0) -> list[Choi
 def first_of_dp(made: Problem) -> Choices:
     """The dynamic programme's plan for the target as it is and all errors equally weighted."""
     solver = Solver(made)
-    plan = solver.solve(1.0, 1.0, np.ones(len(solver.components)))
+    plan = solver.solve()
     assert plan is not None
     return plan
 

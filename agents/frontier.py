@@ -1,0 +1,199 @@
+"""The least sum of errors within a budget of cost, where both are sums of tables over a few sites each.
+
+Nonserial dynamic programming (Bertele and Brioschi 1972): sites are decided in the network's order; what is kept is the
+least error for every setting of those that later tables still need, the frontier, and for every step of the budget.
+Networks are long and thin, so the frontier is narrow: a branch, its width, and the streams that run past. Where it is
+not, some sites are held at what a Lagrange multiplier makes of them, and the rest is solved around them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphprune.problem import Factor, Floats, Sum
+
+BINS = 500
+"""Steps into which the budget is divided. Costs are rounded at random, since alike layers would all go the same way."""
+WIDEST = 4000
+"""Settings of the frontier and the next site at most; beyond that sites are held."""
+ATTEMPTS = 5
+"""What is really spent is not quite the budget: it is solved again for one corrected by that, so often at most."""
+CLOSE = 0.003
+"""Until so small a share of the limit is left."""
+MULTIPLIERS = np.geomspace(1e-3, 1e3, 60)
+"""Lagrange multipliers, relative to error per cost from the dense to the cheapest setting of each site."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A site that is decided: with it as the last one, `sites` are open and the tables with these numbers are complete;
+    then the `done` sites are needed no more.
+    """
+
+    sites: tuple[int, ...]
+    errors: tuple[int, ...]
+    costs: tuple[int, ...]
+    done: tuple[int, ...]
+
+
+def steps(sizes: Sequence[int], errors: Sequence[Factor], costs: Sequence[Factor]) -> list[Step]:
+    """The sites in the order of the network."""
+    last = dict.fromkeys(range(len(sizes)), -1)
+    for factor in (*errors, *costs):
+        for site in factor.sites:
+            last[site] = max(last[site], *factor.sites)
+    frontier, found = tuple[int, ...](), list[Step]()
+    for site in range(len(sizes)):
+        sites = (*frontier, site)
+        complete = ([n for n, own in enumerate(factors) if max(own.sites) == site] for factors in (errors, costs))
+        frontier = tuple(own for own in sites if last[own] > site)
+        found.append(Step(sites, *map(tuple, complete), tuple(own for own in sites if last[own] <= site)))
+    return found
+
+
+class Programme:
+    """Solves one sum of errors, with its factors raised to powers or weighted, for one cost."""
+
+    def __init__(self, error: Sum, cost: Sum, sizes: Sequence[int]) -> None:
+        self.cost = cost
+        self.sizes = tuple(sizes)
+        self.scopes = [factor.sites for factor in error.factors]
+        self.held: tuple[int, ...] = ()
+        """Sites that are not decided here, since the frontier would be too wide."""
+        self.steps = steps(self.sizes, error.factors, cost.factors)
+        while (widest := max(self.steps, key=self._width, default=None)) and self._width(widest) > WIDEST:
+            self.held = (*self.held, max(widest.sites, key=lambda site: self._sizes[site]))
+            self.steps = steps(self._sizes, error.factors, cost.factors)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        """How many options of each site are looked at."""
+        return tuple(1 if site in self.held else size for site, size in enumerate(self.sizes))
+
+    def _width(self, step: Step) -> int:
+        return prod(self._sizes[site] for site in step.sites)
+
+    def least(self, errors: Sum, limit: float) -> NDArray[np.int64] | None:
+        """The setting [sites] with nearly the least of some errors, factors as those given first, whose cost is within
+        a limit; None where there is none.
+        """
+        start = self._relaxed(errors, limit) if self.held else np.zeros(len(self.sizes), dtype=np.int64)
+        if start is None:
+            return None
+        error, cost = ([self._narrowed(factor, start) for factor in total.factors] for total in (errors, self.cost))
+        floors = [float(factor.table.min()) for factor in cost]
+        costs = [Factor(own.sites, own.table - floor) for own, floor in zip(cost, floors, strict=True)]
+        random = np.random.default_rng(0)
+        offsets = [random.random(own.table.shape) for own in costs]
+        room, best, enough, scarce = limit - self.cost.constant - sum(floors), None, 0.0, np.inf
+        for attempt in range(ATTEMPTS):
+            unit = max(room / BINS, 1e-12)
+            safe = best is None and attempt == ATTEMPTS - 1
+            needs = [
+                Factor(own.sites, _bins(own.table / unit, 1 - 1e-9 if safe else offset))
+                for own, offset in zip(costs, offsets, strict=True)
+            ]
+            if room < 0 or (found := self._solved(error, needs)) is None:
+                break
+            found = np.where(np.isin(np.arange(len(found)), self.held), start, found)
+            left = limit - self.cost(found)
+            if left >= 0 and (best is None or errors(found) < errors(best)):
+                best = found
+            if 0 <= left <= CLOSE * limit:
+                break
+            enough, scarce = (room, scarce) if left >= 0 else (enough, room)
+            guess = room + left - (unit if left < 0 else 0)
+            room = guess if enough < guess < scarce else (enough + scarce) / 2
+        return best
+
+    def _solved(self, errors: Sequence[Factor], needs: Sequence[Factor]) -> NDArray[np.int64] | None:
+        """The setting of least error that needs no more than all bins."""
+        table, known, past = np.zeros(BINS + 1), tuple[int, ...](), list[tuple[Step, Floats, list[NDArray[np.int16]]]]()
+        for step in self.steps:
+            assert known == step.sites[:-1]
+            table = np.repeat(table[..., None, :], self._sizes[step.sites[-1]], axis=-2)
+            for number in step.errors:
+                table = table + self._spread(errors[number], step.sites)[..., None]
+            need = sum((self._spread(needs[number], step.sites) for number in step.costs), np.zeros(()))
+            table, chosen, known = _shifted(table, need), [], step.sites
+            for site in step.done:
+                axis = known.index(site)
+                chosen.append(table.argmin(axis=axis).astype(np.int16))
+                table, known = table.min(axis=axis), tuple(own for own in known if own != site)
+            past.append((step, need, chosen))
+        if not np.isfinite(table[-1]):
+            return None
+        found, left = np.zeros(len(self.sizes), dtype=np.int64), BINS
+        for step, need, chosen in reversed(past):
+            gone = list(step.done)
+            while gone:
+                site, options = gone.pop(), chosen.pop()
+                others = [own for own in step.sites if own not in (*gone, site)]
+                found[site] = options[(*found[others], left)]
+            if need.ndim:
+                spot = [found[site] if need.shape[axis] > 1 else 0 for axis, site in enumerate(step.sites)]
+                left -= int(need[tuple(spot)])
+        return found
+
+    def _narrowed(self, factor: Factor, start: NDArray[np.int64]) -> Factor:
+        """The factor at what is held."""
+        table = factor.table
+        for axis, site in enumerate(factor.sites):
+            if site in self.held:
+                table = table.take([start[site]], axis=axis)
+        return Factor(factor.sites, table)
+
+    def _spread(self, factor: Factor, sites: Sequence[int]) -> Floats:
+        """A factor's table with an axis for each of some sites, of length 1 where it does not depend on them."""
+        order = np.argsort([sites.index(site) for site in factor.sites])
+        shape = [self._sizes[site] if site in factor.sites else 1 for site in sites]
+        return np.asarray(factor.table.transpose(order).reshape(shape))
+
+    def _relaxed(self, errors: Sum, limit: float) -> NDArray[np.int64] | None:
+        """A setting within the limit that coordinate descent finds at the least multiplier; None if there is none."""
+        setting = np.zeros((1, len(self.sizes)), dtype=np.int64)
+        spans = (
+            [total.sweep(setting, site, size)[0] for site, size in enumerate(self.sizes)]
+            for total in (errors, self.cost)
+        )
+        unit, saved = (sum(map(float, map(np.ptp, span))) for span in spans)
+        for multiplier in MULTIPLIERS * unit / max(saved, 1e-12):
+            setting = self._descended(errors, multiplier, setting)
+            if self.cost.batch(setting)[0] <= limit:
+                return np.asarray(setting[0])
+        return None
+
+    def _descended(self, errors: Sum, multiplier: float, start: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Coordinate descent of error + multiplier x cost from a setting [1, sites]."""
+        setting, before = start.copy(), np.zeros(0)
+        while not np.array_equal(setting, before):
+            before = setting.copy()
+            for site, size in enumerate(self.sizes):
+                value = errors.sweep(setting, site, size)[0] + multiplier * self.cost.sweep(setting, site, size)[0]
+                if value.min() < value[setting[0, site]]:
+                    setting[0, site] = value.argmin()
+        return setting
+
+
+def _bins(shares: Floats, offset: Floats | float) -> Floats:
+    """Whole numbers of bins, rounded after an offset in [0, 1) is added; at most one more than there are."""
+    return np.asarray(np.minimum(np.floor(shares + offset), BINS + 1))
+
+
+def _shifted(table: Floats, need: Floats) -> Floats:
+    """A table [..., bins] in which everything costs so many bins [...] more."""
+    if not need.any():
+        return table
+    source = np.arange(BINS + 1) - np.broadcast_to(need, table.shape[:-1])[..., None].astype(np.int64)
+    moved = np.take_along_axis(table, np.maximum(source, 0), axis=-1)
+    return np.where(source < 0, np.inf, moved)
+
+
+def weighted(error: Sum, exponent: float, weights: Iterable[float]) -> Sum:
+    """Errors whose factors are raised to a power, with their sign kept, and weighted."""
+    tables = (np.sign(factor.table) * np.abs(factor.table) ** exponent for factor in error.factors)
+    pairs = zip(error.factors, tables, weights, strict=True)
+    return Sum(error.constant, tuple(Factor(own.sites, weight * table) for own, table, weight in pairs))
