@@ -27,6 +27,10 @@ MULTIPLIERS = np.geomspace(1e-3, 1e3, 60)
 """Lagrange multipliers, relative to error per cost from the dense to the cheapest setting of each site."""
 
 
+Setting = NDArray[np.int64]
+"""An option for each site [sites]."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A site that is decided: with it as the last one, `sites` are open and the tables with these numbers are complete;
@@ -39,19 +43,47 @@ class Step:
     done: tuple[int, ...]
 
 
-def steps(sizes: Sequence[int], errors: Sequence[Factor], costs: Sequence[Factor]) -> list[Step]:
-    """The sites in the order of the network."""
-    last = dict.fromkeys(range(len(sizes)), -1)
+def steps(count: int, errors: Sequence[Factor], costs: Sequence[Factor]) -> list[Step]:
+    """So many sites in the order of the network."""
+    last = dict.fromkeys(range(count), -1)
     for factor in (*errors, *costs):
         for site in factor.sites:
             last[site] = max(last[site], *factor.sites)
     frontier, found = tuple[int, ...](), list[Step]()
-    for site in range(len(sizes)):
+    for site in range(count):
         sites = (*frontier, site)
-        complete = ([n for n, own in enumerate(factors) if max(own.sites) == site] for factors in (errors, costs))
+        complete = [tuple(n for n, own in enumerate(some) if max(own.sites) == site) for some in (errors, costs)]
         frontier = tuple(own for own in sites if last[own] > site)
-        found.append(Step(sites, *map(tuple, complete), tuple(own for own in sites if last[own] <= site)))
+        found.append(Step(sites, complete[0], complete[1], tuple(own for own in sites if last[own] <= site)))
     return found
+
+
+@dataclass
+class Budget:
+    """What may be spent above the least costs: between what was `enough` and what was too much, `scarce`, so far."""
+
+    room: float
+    enough: float = 0.0
+    scarce: float = np.inf
+
+    @property
+    def unit(self) -> float:
+        """What a bin holds."""
+        return max(self.room / BINS, 1e-12)
+
+    def needs(self, costs: Sequence[Factor], safe: bool) -> list[Factor]:
+        """Costs in whole bins, at most one more than there are: rounded at random, or up where that is to be safe."""
+        random, found = np.random.default_rng(0), list[Factor]()
+        for own in costs:
+            offset = 1 - 1e-9 if safe else random.random(own.table.shape)
+            found.append(Factor(own.sites, np.minimum(np.floor(own.table / self.unit + offset), BINS + 1)))
+        return found
+
+    def correct(self, left: float) -> None:
+        """So much was left; less than nothing is an overrun."""
+        guess = self.room + left - (self.unit if left < 0 else 0)
+        self.enough, self.scarce = (self.room, self.scarce) if left >= 0 else (self.enough, self.room)
+        self.room = guess if self.enough < guess < self.scarce else (self.enough + self.scarce) / 2
 
 
 class Programme:
@@ -60,13 +92,11 @@ class Programme:
     def __init__(self, error: Sum, cost: Sum, sizes: Sequence[int]) -> None:
         self.cost = cost
         self.sizes = tuple(sizes)
-        self.scopes = [factor.sites for factor in error.factors]
+        self.steps = steps(len(sizes), error.factors, cost.factors)
         self.held: tuple[int, ...] = ()
         """Sites that are not decided here, since the frontier would be too wide."""
-        self.steps = steps(self.sizes, error.factors, cost.factors)
         while (widest := max(self.steps, key=self._width, default=None)) and self._width(widest) > WIDEST:
             self.held = (*self.held, max(widest.sites, key=lambda site: self._sizes[site]))
-            self.steps = steps(self._sizes, error.factors, cost.factors)
 
     @property
     def _sizes(self) -> tuple[int, ...]:
@@ -76,7 +106,7 @@ class Programme:
     def _width(self, step: Step) -> int:
         return prod(self._sizes[site] for site in step.sites)
 
-    def least(self, errors: Sum, limit: float) -> NDArray[np.int64] | None:
+    def least(self, errors: Sum, limit: float) -> Setting | None:
         """The setting [sites] with nearly the least of some errors, factors as those given first, whose cost is within
         a limit; None where there is none.
         """
@@ -85,31 +115,23 @@ class Programme:
             return None
         error, cost = ([self._narrowed(factor, start) for factor in total.factors] for total in (errors, self.cost))
         floors = [float(factor.table.min()) for factor in cost]
-        costs = [Factor(own.sites, own.table - floor) for own, floor in zip(cost, floors, strict=True)]
-        random = np.random.default_rng(0)
-        offsets = [random.random(own.table.shape) for own in costs]
-        room, best, enough, scarce = limit - self.cost.constant - sum(floors), None, 0.0, np.inf
+        above = [Factor(own.sites, own.table - floor) for own, floor in zip(cost, floors, strict=True)]
+        budget, best = Budget(limit - self.cost.constant - sum(floors)), None
         for attempt in range(ATTEMPTS):
-            unit = max(room / BINS, 1e-12)
-            safe = best is None and attempt == ATTEMPTS - 1
-            needs = [
-                Factor(own.sites, _bins(own.table / unit, 1 - 1e-9 if safe else offset))
-                for own, offset in zip(costs, offsets, strict=True)
-            ]
-            if room < 0 or (found := self._solved(error, needs)) is None:
+            needs = budget.needs(above, safe=best is None and attempt == ATTEMPTS - 1)
+            solved = self._solved(error, needs) if budget.room >= 0 else None
+            if solved is None:
                 break
-            found = np.where(np.isin(np.arange(len(found)), self.held), start, found)
-            left = limit - self.cost(found)
-            if left >= 0 and (best is None or errors(found) < errors(best)):
+            found = np.where(np.isin(np.arange(len(solved)), self.held), start, solved)
+            left = limit - _value(self.cost, found)
+            if left >= 0 and (best is None or _value(errors, found) < _value(errors, best)):
                 best = found
             if 0 <= left <= CLOSE * limit:
                 break
-            enough, scarce = (room, scarce) if left >= 0 else (enough, room)
-            guess = room + left - (unit if left < 0 else 0)
-            room = guess if enough < guess < scarce else (enough + scarce) / 2
+            budget.correct(left)
         return best
 
-    def _solved(self, errors: Sequence[Factor], needs: Sequence[Factor]) -> NDArray[np.int64] | None:
+    def _solved(self, errors: Sequence[Factor], needs: Sequence[Factor]) -> Setting | None:
         """The setting of least error that needs no more than all bins."""
         table, known, past = np.zeros(BINS + 1), tuple[int, ...](), list[tuple[Step, Floats, list[NDArray[np.int16]]]]()
         for step in self.steps:
@@ -126,7 +148,8 @@ class Programme:
             past.append((step, need, chosen))
         if not np.isfinite(table[-1]):
             return None
-        found, left = np.zeros(len(self.sizes), dtype=np.int64), BINS
+        found: Setting = np.zeros(len(self.sizes), dtype=np.int64)
+        left = BINS
         for step, need, chosen in reversed(past):
             gone = list(step.done)
             while gone:
@@ -138,7 +161,7 @@ class Programme:
                 left -= int(need[tuple(spot)])
         return found
 
-    def _narrowed(self, factor: Factor, start: NDArray[np.int64]) -> Factor:
+    def _narrowed(self, factor: Factor, start: Setting) -> Factor:
         """The factor at what is held."""
         table = factor.table
         for axis, site in enumerate(factor.sites):
@@ -152,7 +175,7 @@ class Programme:
         shape = [self._sizes[site] if site in factor.sites else 1 for site in sites]
         return np.asarray(factor.table.transpose(order).reshape(shape))
 
-    def _relaxed(self, errors: Sum, limit: float) -> NDArray[np.int64] | None:
+    def _relaxed(self, errors: Sum, limit: float) -> Setting | None:
         """A setting within the limit that coordinate descent finds at the least multiplier; None if there is none."""
         setting = np.zeros((1, len(self.sizes)), dtype=np.int64)
         spans = (
@@ -166,9 +189,9 @@ class Programme:
                 return np.asarray(setting[0])
         return None
 
-    def _descended(self, errors: Sum, multiplier: float, start: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _descended(self, errors: Sum, multiplier: float, start: Setting) -> Setting:
         """Coordinate descent of error + multiplier x cost from a setting [1, sites]."""
-        setting, before = start.copy(), np.zeros(0)
+        setting, before = start.copy(), -np.ones_like(start)
         while not np.array_equal(setting, before):
             before = setting.copy()
             for site, size in enumerate(self.sizes):
@@ -178,9 +201,9 @@ class Programme:
         return setting
 
 
-def _bins(shares: Floats, offset: Floats | float) -> Floats:
-    """Whole numbers of bins, rounded after an offset in [0, 1) is added; at most one more than there are."""
-    return np.asarray(np.minimum(np.floor(shares + offset), BINS + 1))
+def _value(total: Sum, setting: Setting) -> float:
+    """A sum at a setting."""
+    return float(total.batch(setting[None])[0])
 
 
 def _shifted(table: Floats, need: Floats) -> Floats:

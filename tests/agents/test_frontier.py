@@ -65,7 +65,7 @@ def test_a_limit_that_only_the_cheapest_meets_is_met() -> None:
 @pytest.mark.parametrize(("shape", "widest"), [("apart", 25), ("chain", 25 * 5), ("star", 2 * 25 * 5)])
 def test_frontiers_are_narrow_and_each_table_counts_once(shape: str, widest: int) -> None:
     rng, sizes, scopes = np.random.default_rng(0), tuple([2, 25, 5] * 20), SHAPES[shape](60)
-    made = steps(sizes, tables(rng, sizes, scopes).factors, tables(rng, sizes, scopes).factors)
+    made = steps(60, tables(rng, sizes, scopes).factors, tables(rng, sizes, scopes).factors)
     assert [step.sites[-1] for step in made] == list(range(60))
     assert sorted(site for step in made for site in step.done) == list(range(60))
     for numbers in ([step.errors for step in made], [step.costs for step in made]):
@@ -101,4 +101,4 @@ def test_errors_are_raised_and_weighted_with_their_sign() -> None:
 
 
 def test_without_tables_every_site_is_decided_all_the_same() -> None:
-    assert steps((3, 2), (), ()) == [Step((0,), (), (), (0,)), Step((1,), (), (), (1,))]
+    assert steps(2, (), ()) == [Step((0,), (), (), (0,)), Step((1,), (), (), (1,))]
