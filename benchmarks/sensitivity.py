@@ -1,12 +1,13 @@
-"""What it is worth to weight the errors of layers by what they do to the output, and to which power.
+"""What it is worth to weight the errors of layers by what they do to the output, to which power, and by their depth.
 
     python benchmarks/sensitivity.py --data DIR --weights DIR [--models resnet20,resnet56] [--images 1000]
 
-CIFAR-10 ResNets without fine-tuning. For each way to weight, tables are made anew and dynamic programming takes the
-plan of least error at each of `SHARES` of the predicted latency; costs are those of `FakeEngine`, the same for all.
-Each plan is repaired as in a search and judged on validation images; no test set is read. Beside the accuracies stands
-how well each table orders all of the model's plans (Kendall's tau between error and accuracy). Rows are kept in
-`--work`. Writes `results/sensitivity.json` and `.png`.
+CIFAR-10 networks without fine-tuning; the depth was chosen on resnet14 and vit_depth3, on which no agent is judged. For
+each way to weight, tables are made anew, and dynamic programming takes the plan of least error at some shares of the
+predicted latency; costs are those of `FakeEngine`, the same for all. Each plan is repaired as in a search and judged on
+validation images; no test set is read. Beside the accuracies stands how well each table orders all of the model's plans
+(Kendall's tau between error and the deviation of the outputs). Rows are kept in `--work`. Writes
+`results/sensitivity.json` and `.png`.
 """
 
 import argparse
@@ -24,16 +25,20 @@ from scipy.stats import kendalltau
 
 from graphprune.agents.dp import Solver
 from graphprune.calibration import Statistics
+from graphprune.deviation import Watched
 from graphprune.engines.fake import FakeEngine
+from graphprune.graph import ModelGraph
 from graphprune.machine import environment
 from graphprune.problem import Choices, Problem
 from graphprune.search import Session, latency_cost
-from graphprune.sensitivity import POWER
+from graphprune.sensitivity import POWER, tempered
 
 matplotlib.use("Agg")
 
-POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""0 counts the errors of all layers alike."""
+WAYS = ((0.0, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (0.75, 0.5), (0.75, 1.0))
+"""Powers of what errors cause to first order, with the logarithms of how much more an error counts at the end of the
+network; (0, 0) counts the errors of all layers alike."""
+Way = tuple[float, float]
 Weights = dict[tuple[str, str], float]
 SHARES = (0.7, 0.6, 0.5, 0.45, 0.4, 0.35)
 
@@ -43,17 +48,17 @@ def arguments() -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--data", required=True, help="folder with CIFAR-10")
     made.add_argument("--weights", required=True, type=Path, help="folder with cifar10_<model>.safetensors")
-    made.add_argument("--models", default="resnet20,resnet56")
+    made.add_argument("--models", default="resnet14,vit_depth3,resnet20,resnet56,vit")
     made.add_argument("--images", type=int, default=1000, help="validation images")
     made.add_argument("--work", type=Path, default=Path("sensitivity_work"), help="folder for finished rows")
     return made.parse_args()
 
 
-def to_the_power(weights: Weights, power: float, layers: set[str]) -> Weights:
-    """The weights as they would be with another `POWER`; their mean over the layers is 1."""
-    raised = {name: weight ** (power / POWER) for name, weight in weights.items()}
-    mean = np.mean([value for (node, _), value in raised.items() if node in layers])
-    return {name: float(weight / mean) for name, weight in raised.items()}
+def weighted(weights: Weights, way: Way, graph: ModelGraph) -> Weights:
+    """The weights as they would be in another way."""
+    ones = tempered(dict.fromkeys(weights, 1.0), graph)
+    causes = {name: (weight / ones[name]) ** (1 / POWER) for name, weight in weights.items()}
+    return tempered(causes, graph, *way)
 
 
 class Tables:
@@ -75,14 +80,14 @@ class Tables:
 
     def plan(self, share: float) -> Choices | None:
         """The plan of least error."""
-        solver = Solver(self.problem(share))
-        return solver.solve(1.0, 1.0, np.ones(len(solver.components)))
+        return Solver(self.problem(share)).solve()
 
-    def accuracy(self, choices: Choices) -> float:
-        """On the validation images, after repair."""
+    def judged(self, choices: Choices) -> tuple[float, float]:
+        """Accuracy on the validation images after repair, and the deviation of the outputs."""
         cuts, bench = self.candidates.cuts(choices), self.session.bench
         pruned = bench.build(cuts)
-        return self.session.task.judge(bench.answers(pruned, bench.file(pruned, cuts)), 0.0).accuracy
+        watched = Watched(bench.answers(pruned, bench.file(pruned, cuts)), bench.dense_outputs)
+        return self.session.task.judge(watched, 0.0).accuracy, watched.deviation
 
 
 def work(name: str, options: argparse.Namespace, rows: Rows) -> None:
@@ -90,46 +95,48 @@ def work(name: str, options: argparse.Namespace, rows: Rows) -> None:
     if rows.has(model=name, share=None):
         return
     session = prepared(name, options, min(SHARES), engine=FakeEngine(), batch_size=100)
-    statistics = session.candidates.statistics
-    weights = statistics.weights
-    layers = {layer.node for layer in session.graph.layers}
-    made = {power: Tables(session, to_the_power(weights, power, layers)) for power in POWERS}
+    weights = session.candidates.statistics.weights
+    made = {way: Tables(session, weighted(weights, way, session.graph)) for way in WAYS}
     found: list[tuple[Tables, Choices, float]] = []
-    for power, tables in made.items():
+    for (power, depth), tables in made.items():
         for share in SHARES:
             choices = tables.plan(share)
             assert choices is not None, "no plan is so fast"
-            own = {"model": name, "power": power, "share": share, "choices": list(choices)}
-            known = [row["accuracy"] for row in rows.rows if own.items() <= row.items()]
-            accuracy = known[0] if known else tables.accuracy(choices)
-            found.append((tables, choices, accuracy))
+            own = {"model": name, "power": power, "depth": depth, "share": share, "choices": list(choices)}
+            known = [(row["accuracy"], row["deviation"]) for row in rows.rows if own.items() <= row.items()]
+            accuracy, deviation = known[0] if known else tables.judged(choices)
+            found.append((tables, choices, deviation))
             if not known:
-                rows.add({**own, "accuracy": accuracy})
-                print(f"{name} to the power of {power}: {accuracy:.1%} at {share}", flush=True)
-    accuracies = [accuracy for *_, accuracy in found]
+                rows.add({**own, "accuracy": accuracy, "deviation": deviation})
+                print(f"{name} {label((power, depth))}: {accuracy:.1%}, {deviation:.3f} at {share}", flush=True)
     taus = {}
-    for power, tables in made.items():
+    for way, tables in made.items():
         statistics = tables.candidates.statistics
         sums = {id(other): replace(other.candidates, statistics=statistics).error() for other in made.values()}
         errors = [sums[id(drafted)](choices) for drafted, choices, _ in found]
-        taus[str(power)] = float(-kendalltau(errors, accuracies).statistic)
+        taus[label(way)] = float(kendalltau(errors, [deviation for *_, deviation in found]).statistic)
     rows.add({"model": name, "share": None, "tau": taus, "dense": session.dense.accuracy})
     print(f"{name} Kendall's tau: {taus}", flush=True)
 
 
+def label(way: Way) -> str:
+    """How a way is named."""
+    power, depth = way
+    return "all alike" if way == (0, 0) else f"power {power}" + f", depth {depth}" * (depth > 0)
+
+
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Accuracy over the share of latency, a line for each power."""
+    """Accuracy over the share of latency, a line for each way."""
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure, panels = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False)
-    colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.9, len(POWERS)))
+    colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.9, len(WAYS)))
     for panel, name in zip(panels[0], names, strict=True):
-        for power, colour in zip(POWERS, colours, strict=True):
+        for way, colour in zip(WAYS, colours, strict=True):
             points = [(row["share"], 100 * row["accuracy"]) for row in rows
-                      if row["model"] == name and row["share"] and row["power"] == power]  # fmt: skip
-            label = f"power {power}" if power else "all alike"
-            panel.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, color=colour, label=label)
+                      if row["model"] == name and row["share"] and (row["power"], row["depth"]) == way]  # fmt: skip
+            panel.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, color=colour, label=label(way))
         panel.set(title=f"{name}, no fine-tuning", xlabel="predicted latency, share of dense")
         panel.set_ylabel("validation top-1, %")
         panel.grid(color="#dddddd", linewidth=0.6)

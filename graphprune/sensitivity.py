@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import exp, isfinite, prod
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ IMAGES = 128
 POWER = 0.75
 """The weights are raised to it: layers that come later are solved again and take up a part of what reaches them, so
 first order says too much (`benchmarks/sensitivity.py`)."""
+DEPTH = 0.5
+"""Logarithm of how much more an error counts at the end of the network than at its beginning, since fewer layers come
+after it (likewise; from networks that no agent is judged on)."""
 LARGEST_PASS = 2**27
 """Elements of all activations and errors of one pass: the batches are smaller where a model is large."""
 Name = tuple[str, str]
@@ -88,15 +91,28 @@ def sensitivities(
             prober.probe(images[first : first + count])
             if progress is not None:
                 progress(min(first + count, len(images)), len(images))
-        return _weights(prober.caused, [probe for _, probe in probes], {layer.node for layer in graph.layers})
+        return _weights(prober.caused, [probe for _, probe in probes], graph)
     return {}
 
 
-def _weights(caused: Mapping[Name, float], probes: Sequence[Probe], layers: set[str]) -> dict[Name, float]:
+def _weights(caused: Mapping[Name, float], probes: Sequence[Probe], graph: ModelGraph) -> dict[Name, float]:
     known: dict[Name, float] = defaultdict(float)
     for probe in probes:
         known[probe.name] += probe.error
-    raised = {name: (caused[name] / error) ** POWER for name, error in known.items() if name in caused and error > 0}
+    causes = {name: caused[name] / error for name, error in known.items() if name in caused and error > 0}
+    return tempered(causes, graph)
+
+
+def tempered(
+    causes: Mapping[Name, float], graph: ModelGraph, power: float = POWER, depth: float = DEPTH
+) -> dict[Name, float]:
+    """Weights from what errors cause to first order, allowing for the layers that are solved again after them.
+
+    Their mean over the layers is 1; none where that cannot be.
+    """
+    place = {node.name: number / len(graph.nodes) for number, node in enumerate(graph.nodes)}
+    raised = {name: cause**power * exp(depth * place[name[0]]) for name, cause in causes.items()}
+    layers = {layer.node for layer in graph.layers}
     of_layers = [value for (node, _), value in raised.items() if node in layers]
     mean = sum(of_layers) / max(len(of_layers), 1)
     return {name: value / mean for name, value in raised.items()} if mean and isfinite(mean) else {}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +16,7 @@ from graphprune import sensitivity
 from graphprune.calibration import calibrate
 from graphprune.exported import plain_module
 from graphprune.graph import ModelGraph
-from graphprune.sensitivity import POWER, Probe, calibrated, sensitivities
+from graphprune.sensitivity import DEPTH, POWER, Probe, calibrated, sensitivities
 from graphprune.tracing import trace
 from tests.graphprune import tiny
 from tests.graphprune.networks import Attention, Chain, SqueezeExcite, group_norm, images, tokens, vgg
@@ -95,8 +96,9 @@ def test_against_networks_that_really_err(name: str, monkeypatch: pytest.MonkeyP
     exact: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for node, probe in sensitivity._probes(graph, statistics):
         exact.setdefault(probe.name, []).append((caused(graph, node, probe, x), probe.error))
+    order = [node.name for node in graph.nodes]
     expected = {
-        name: (sum(c for c, _ in pairs) / total) ** POWER
+        name: (sum(c for c, _ in pairs) / total) ** POWER * np.exp(DEPTH * order.index(name[0]) / len(order))
         for name, pairs in exact.items()
         if (total := sum(error for _, error in pairs)) > 0
     }
