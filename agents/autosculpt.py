@@ -73,8 +73,9 @@ Vectors = NDArray[np.int64]
 def merit(problem: Problem, record: Record, choices: Choices) -> float:
     """Minus the logarithm of how far off a plan is: a line over the logarithm of the layers' errors.
 
-    That is the deviation of its outputs, which is known much better than the share of wrong answers; the latter where
-    outputs were not compared. What it overruns the target by, which every plan meets by prediction, is taken off.
+    That is the geometric mean of the share of wrong answers, which is what counts, and of the deviation of the outputs,
+    which says more about alike plans; the former alone where outputs were not compared. What it overruns the target by,
+    which every plan meets by prediction, is taken off.
     """
     accuracy = reward(problem, record, choices, band=np.inf)
     if record.deviation is None or record.accuracy is None:

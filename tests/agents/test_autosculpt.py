@@ -241,13 +241,15 @@ def test_what_a_plan_is_worth_rises_evenly_in_what_is_off() -> None:
     most, alike, less = (merit(made, judged(made, accuracy), made.cheapest) for accuracy in (1.0, 0.995, 0.98))
     assert most == alike > less
     far = [merit(made, judged(made, 0.5, deviation), made.cheapest) for deviation in (1.0, 0.5, 0.25)]
-    assert np.diff(far) == pytest.approx(np.log(2))
+    assert np.diff(far) == pytest.approx(np.log(2) / 2)
+    assert merit(made, judged(made, 0.5, 0.5), made.cheapest) == pytest.approx(wrong[2])
 
 
-def test_outputs_count_for_more_than_answers_and_an_overrun_is_taken_off() -> None:
+def test_answers_and_outputs_count_alike_and_an_overrun_is_taken_off() -> None:
     made = problem(TOY)
-    near, lucky = judged(made, 0.8, 0.1), judged(made, 0.9, 0.2)
+    near, lucky = judged(made, 0.8, 0.1), judged(made, 0.9, 0.3)
     assert merit(made, near, made.cheapest) > merit(made, lucky, made.cheapest)
+    assert merit(made, near, made.cheapest) == pytest.approx(merit(made, judged(made, 0.9, 0.2), made.cheapest))
     late = replace(near, measured=Share(1.1 * made.limits["latency"], 0.0, 1.0, (), (), "an engine"))
     assert merit(made, near, made.cheapest) - merit(made, late, made.cheapest) == pytest.approx(0.1)
 
