@@ -1,7 +1,7 @@
 """The search from end to end on a fake engine: budgets, honest data, failures, kills; and once on the real one."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from graphprune.engines.fake import FakeEngine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError, StepError, TargetError
 from graphprune.export import onnx_bytes
+from graphprune.finalists import ranked
 from graphprune.measure import measure
 from graphprune.problem import Factor, Problem, Sum
 from graphprune.registry import chosen_patterns, patterns
@@ -24,7 +25,7 @@ from graphprune.result import Result
 from graphprune.search import CLOSE_ROUNDS, PROBES, VERIFY_ROUNDS, corrected, random_walk, search
 from graphprune.surgery import apply
 from graphprune.target import Target
-from graphprune.task import Task
+from graphprune.task import Task, top1
 from tests.agents.toys import problem as toy
 from tests.graphprune.searching import Builds, counted_builds, real_share, run, shared_cache  # noqa: F401 - fixtures
 from tests.graphprune.tiny import CLASSES, batches, fitted, forbidden, task
@@ -123,6 +124,14 @@ class SlowAtTheEnd(FakeEngine):
         if rounds != VERIFY_ROUNDS:
             return timings
         return [timings[0], *(Timing(tuple(self.factor * s for s in t.samples), t.error) for t in timings[1:])]
+
+
+def test_of_alike_plans_the_nearest_to_the_dense_model_is_taken() -> None:
+    result = run(agent="dp", trials=8)
+    own_metric = run(agent="dp", trials=8, task=replace(task(), metric=lambda *both: top1(*both)))
+    best = max(result.records, key=lambda record: record.rank)
+    assert result.plan == ranked(result.records, task().images)[0].plan != best.plan
+    assert own_metric.plan == ranked(own_metric.records, 0)[0].plan == best.plan
 
 
 def test_a_missed_target_is_said_and_the_nearest_plan_comes_back() -> None:
