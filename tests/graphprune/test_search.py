@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ class SlowAtTheEnd(FakeEngine):
 
 def test_of_alike_plans_the_nearest_to_the_dense_model_is_taken() -> None:
     result = run(agent="dp", trials=8)
-    own_metric = run(agent="dp", trials=8, task=replace(task(), metric=lambda *both: top1(*both)))
+    own_metric = run(agent="dp", trials=8, task=replace(task(), metric=partial(top1)))
     best = max(result.records, key=lambda record: record.rank)
     assert result.plan == ranked(result.records, task().images)[0].plan != best.plan
     assert own_metric.plan == ranked(own_metric.records, 0)[0].plan == best.plan
