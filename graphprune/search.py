@@ -296,9 +296,9 @@ class Session:
     ) -> Iterator[Record]:
         """What to verify, one plan after another, while `seen` tells what became of those before."""
         plans = ranked(problem.records, self.task.images if self.task.metric is top1 else 0)
-        slowest, asked = inf, 0  # what is predicted no faster than a plan that just missed the target would miss it too
+        slowest, asked = inf, 0
         for record in plans:
-            if asked < FINALISTS and record.predicted["latency"] <= slowest:
+            if asked < FINALISTS and self._may_hold(record, slowest):
                 asked += 1
                 yield record
                 if seen:
@@ -312,6 +312,14 @@ class Session:
                 if cheaper is not None and (record := evaluator.probe(cheaper)).error is None:
                     yield record
         yield min(plans, key=lambda record: record.predicted["latency"])
+
+    def _may_hold(self, record: Record, slowest: float) -> bool:
+        """Whether a plan is worth being verified: by its measurement in the search or, without one, if it is predicted
+        to be faster than what just missed the target, since that would miss it too.
+        """
+        if record.measured is not None and "latency" in self.limits:
+            return record.measured.value <= self.limits["latency"]
+        return record.predicted["latency"] <= slowest
 
     def _verified(self, record: Record, evaluator: Evaluator) -> tuple[float, Record, nn.Module, Route]:
         """By how much the worst bound is missed, the record with the new measurement, and the finely repaired model."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from graphprune.errors import InputError, StepError, TargetError
 from graphprune.export import onnx_bytes
 from graphprune.finalists import ranked
 from graphprune.measure import measure
+from graphprune.plan import Choice, Plan
 from graphprune.problem import Factor, Problem, Sum
+from graphprune.record import Record, Share
 from graphprune.registry import chosen_patterns, patterns
 from graphprune.result import Result
 from graphprune.search import CLOSE_ROUNDS, PROBES, VERIFY_ROUNDS, corrected, random_walk, search
@@ -154,6 +157,28 @@ def test_a_plan_that_just_misses_the_target_is_cut_a_little_more() -> None:
     assert result.record.measured.high <= 0.6
     assert 0.7 * tried.predicted["latency"] < result.record.predicted["latency"] < tried.predicted["latency"]
     assert result.record.accuracy == task().accuracy(result.model)
+
+
+def test_what_was_measured_in_the_search_is_verified_where_it_met_the_target() -> None:
+    """Of two that were measured one missed; of two that were not the slower is skipped, for what missed since."""
+    times = {"slow": (0.58, 0.62), "quick": (0.59, 0.55), "like slow": (0.58, None), "faster": (0.5, None)}
+    records = [
+        Record(
+            Plan("", (Choice(name, "", "", ()),)), 0.9, measured is None or measured <= 0.6, {"latency": predicted},
+            None if measured is None else Share(measured, measured, measured, (), (), ""), deviation=number / 10,
+        )
+        for number, (name, (predicted, measured)) in enumerate(times.items())
+    ]  # fmt: skip
+    seen: list[Any] = []
+    session = SimpleNamespace(task=task(), limits={"latency": 0.6})
+    session._may_hold = partial(module.Session._may_hold, session)
+    asked = []
+    for record in module.Session._finalists(session, replace(toy(), records=records), seen, None):
+        asked.append(record.plan.choices[0].site)
+        seen.append((0.04, record, None, None))
+        if len(asked) == 2:
+            break
+    assert asked == ["quick", "faster"]
 
 
 @dataclass
