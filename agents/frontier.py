@@ -182,7 +182,7 @@ class Programme:
             [total.sweep(setting, site, size)[0] for site, size in enumerate(self.sizes)]
             for total in (errors, self.cost)
         )
-        unit, saved = (sum(map(float, map(np.ptp, span))) for span in spans)
+        unit, saved = (sum(float(np.ptp(values[np.isfinite(values)])) for values in span) for span in spans)
         for multiplier in MULTIPLIERS * unit / max(saved, 1e-12):
             setting = self._descended(errors, multiplier, setting)
             if self.cost.batch(setting)[0] <= limit:
