@@ -33,7 +33,15 @@ def test_each_order_takes_its_own() -> None:
         "most right": 0, "least deviation": 2, "ranked": 1,
     }  # fmt: skip
     assert signals.taken(LINES, 1000, signals.ORDERS["ranked"]) == pytest.approx(0.9)
-    assert "3 plans, 70.0% to 90.0%" in signals.table("toy", LINES)
+
+
+def test_the_table_tells_agreement_with_unseen_images() -> None:
+    rows = signals.table("toy", LINES).splitlines()
+    assert rows[0] == "toy: 3 plans up to 90.0% on unseen images; the better 2 from 80.0%"
+    (wrong,) = (row.split()[1:] for row in rows if row.startswith("wrong"))
+    (deviation,) = (row.split()[1:] for row in rows if row.startswith("deviation"))
+    assert wrong == ["0.50"] * 3 + ["-1.00"] * 3
+    assert deviation == ["-0.50"] * 3 + ["1.00"] * 3
 
 
 def test_plans_are_different_and_meet_the_target() -> None:
