@@ -13,7 +13,7 @@ from graphprune.problem import Choices, Floats, Problem
 
 SCALES = (1.0, 0.97, 0.94)
 EXPONENTS = (1.0, 0.5, 0.75, 1.5, 2.0)
-STALLS = 100
+STALLS = 50
 """The search over sensitivities stops after this many plans in a row that are not new."""
 
 

@@ -124,9 +124,10 @@ class Programme:
                 break
             found = np.where(np.isin(np.arange(len(solved)), self.held), start, solved)
             left = limit - _value(self.cost, found)
+            known = best is not None and np.array_equal(found, best)  # nothing is between it and what costs too much
             if left >= 0 and (best is None or _value(errors, found) < _value(errors, best)):
                 best = found
-            if 0 <= left <= CLOSE * limit:
+            if known or 0 <= left <= CLOSE * limit:
                 break
             budget.correct(left)
         return best
