@@ -99,7 +99,8 @@ class Study:
     def find(self, plan: Plan, agent: str = "", seed: int = 0) -> Record | None:
         """The record of an identical plan, a failed one too; None if the plan was never tried.
 
-        What this agent got with this seed comes first, so that a search that goes on sees what it saw before; of several one
+        What this agent got with this seed comes first, so that a search that goes on sees what it saw;
+        of several one
         that compared outputs, then one over all images, then one that was given up.
         """
         if all(record.images for record in self._by_plan.get(plan, [])):
