@@ -168,7 +168,7 @@ class Evaluator:
         """Whether a candidate that was given up might be among the best by now, since another agent set another bar,
         or was judged by a version that did not compare outputs.
         """
-        if record.accuracy is not None and record.deviation is None:
+        if not record.compared:
             return True
         if record.accuracy is None or not record.images:
             return False

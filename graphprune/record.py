@@ -47,6 +47,11 @@ class Record:
     deviation: float | None = None
 
     @property
+    def compared(self) -> bool:
+        """Whether its outputs, if it has any, were compared with the dense model's; once they were not."""
+        return self.accuracy is None or self.deviation is not None
+
+    @property
     def rank(self) -> tuple[bool, float, float]:
         """Larger is better: feasible records first, then by accuracy, then the faster; failures come last."""
         latency = self.measured.value if self.measured is not None else self.predicted.get("latency", 1.0)

@@ -99,22 +99,17 @@ class Study:
     def find(self, plan: Plan, agent: str = "", seed: int = 0) -> Record | None:
         """The record of an identical plan, a failed one too; None if the plan was never tried.
 
-        What this agent got with this seed comes first, so that a search that goes on sees what it saw;
-        of several one
-        that compared outputs, then one over all images, then one that was given up.
+        What this agent got with this seed comes first, so that a search that goes on sees what it saw before; then one
+        that compared outputs, one over all images, and one that was given up.
         """
-        if all(record.images for record in self._by_plan.get(plan, [])):
+        if not any(record.compared and not record.images for record in self._by_plan.get(plan, [])):
             self._refresh()
         known = self._by_plan.get(plan, [])
-        return min(
-            known,
-            key=lambda r: (
-                (r.agent, r.seed) != (agent, seed),
-                r.accuracy is not None and r.deviation is None,
-                r.images > 0,
-            ),
-            default=None,
-        )
+
+        def order(record: Record) -> tuple[bool, bool, bool]:
+            return (record.agent, record.seed) != (agent, seed), not record.compared, record.images > 0
+
+        return min(known, key=order, default=None)
 
     def verified(self, plan: Plan) -> Share | None:
         """What the verification of a plan measured before."""

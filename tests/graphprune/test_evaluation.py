@@ -188,6 +188,16 @@ def test_identical_plans_are_served_from_the_study(builds: list[Cuts]) -> None:
     assert first.study.records() == [record]
 
 
+def test_a_plan_of_a_version_that_did_not_compare_outputs_is_judged_anew(builds: list[Cuts]) -> None:
+    p = parts()
+    choices, evaluate = p.vector(conv2_kernel="1x3 middle"), p.evaluator(LOOSE)
+    known = p.evaluator(LOOSE)(choices)
+    evaluate.study.add(replace(known, deviation=None))
+    builds.clear()
+    assert evaluate(choices).deviation == evaluate(choices).deviation == known.deviation
+    assert len(builds) == 1
+
+
 def test_failure_is_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     p, choices = parts(), parts().vector(conv1_kernel="3x1 centre")
     evaluate = p.evaluator(LOOSE)
