@@ -113,10 +113,8 @@ class Programme:
         start = self._relaxed(errors, limit) if self.held else np.zeros(len(self.sizes), dtype=np.int64)
         if start is None:
             return None
-        error, cost = ([self._narrowed(factor, start) for factor in total.factors] for total in (errors, self.cost))
-        floors = [float(factor.table.min()) for factor in cost]
-        above = [Factor(own.sites, own.table - floor) for own, floor in zip(cost, floors, strict=True)]
-        budget, best = Budget(limit - self.cost.constant - sum(floors)), None
+        error, (above, floor) = self._narrowed(errors, start), self._above(start)
+        budget, best = Budget(limit - floor), None
         for attempt in range(ATTEMPTS):
             needs = budget.needs(above, safe=best is None and attempt == ATTEMPTS - 1)
             solved = self._solved(error, needs) if budget.room >= 0 else None
@@ -162,13 +160,20 @@ class Programme:
                 left -= int(need[tuple(spot)])
         return found
 
-    def _narrowed(self, factor: Factor, start: Setting) -> Factor:
-        """The factor at what is held."""
-        table = factor.table
-        for axis, site in enumerate(factor.sites):
-            if site in self.held:
-                table = table.take([start[site]], axis=axis)
-        return Factor(factor.sites, table)
+    def _narrowed(self, total: Sum, start: Setting) -> list[Factor]:
+        """The factors of a sum at what is held."""
+        found = []
+        for factor in total.factors:
+            options = [[start[site]] if site in self.held else range(self.sizes[site]) for site in factor.sites]
+            found.append(Factor(factor.sites, factor.table[np.ix_(*options)]))
+        return found
+
+    def _above(self, start: Setting) -> tuple[list[Factor], float]:
+        """What everything costs above the least of each factor, at what is held, and the sum of all these least."""
+        cost = self._narrowed(self.cost, start)
+        floors = [float(factor.table.min()) for factor in cost]
+        above = [Factor(own.sites, own.table - floor) for own, floor in zip(cost, floors, strict=True)]
+        return above, self.cost.constant + sum(floors)
 
     def _spread(self, factor: Factor, sites: Sequence[int]) -> Floats:
         """A factor's table with an axis for each of some sites, of length 1 where it does not depend on them."""

@@ -23,7 +23,7 @@ def ranked(records: Sequence[Record], images: int) -> list[Record]:
 
     def order(record: Record) -> tuple[bool, float]:
         alike = (record.feasible, record.images) == (feasible, plans[0].images) and record.rank[1] >= bar
-        return not alike, record.deviation or 0.0 if alike else 0.0
+        return (False, record.deviation or 0.0) if alike else (True, 0.0)
 
     return sorted(plans, key=order)
 
