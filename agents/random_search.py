@@ -2,7 +2,15 @@
 
 import numpy as np
 
-from graphprune.problem import Problem
+from graphprune.problem import Choices, Problem
+
+
+def random_walk(problem: Problem, rng: np.random.Generator) -> Choices:
+    """A plan drawn under the mask, site by site, every legal option as likely as the others."""
+    choices: Choices = ()
+    for _ in problem.decisions:
+        choices = (*choices, int(rng.choice(np.flatnonzero(problem.mask(choices)))))
+    return choices
 
 
 class RandomSearch:
@@ -13,7 +21,4 @@ class RandomSearch:
     def run(self, problem: Problem, rng: np.random.Generator) -> None:
         """Evaluate random plans until the trials are spent; a plan that comes up again counts again."""
         while problem.remaining > 0:
-            choices: tuple[int, ...] = ()
-            for _ in problem.decisions:
-                choices = (*choices, int(rng.choice(np.flatnonzero(problem.mask(choices)))))
-            problem.evaluate(choices)
+            problem.evaluate(random_walk(problem, rng))

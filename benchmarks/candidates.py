@@ -22,11 +22,12 @@ from common import prepared, result_file
 from scipy.stats import kendalltau
 
 import graphprune as gp
+from graphprune.agents.random_search import random_walk
 from graphprune.engines.fake import FakeEngine
 from graphprune.machine import environment
 from graphprune.problem import Choices
 from graphprune.repair import repair
-from graphprune.search import Session, random_walk
+from graphprune.search import Session
 from graphprune.sequential import Bar
 
 LATENCY = 0.5

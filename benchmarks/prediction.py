@@ -6,8 +6,8 @@
 For each model, random legal plans: the target is drawn uniformly between what can be reached (or 0.3) and 0.95 of
 dense latency; then each site in turn stays dense with a probability that is drawn for the plan, or takes any option
 that leaves the target reachable, all equally likely. Each is cut out of the dense ONNX graph as in a search and timed
-against the dense model, interleaved. The correction is fitted as in a search, to `PROBES` plans of their own. Accuracy
-plays no part: weights are random and nothing is repaired.
+against the dense model, interleaved. The correction is fitted to `PROBES` such plans of their own; a search
+fits it to plans of little error at its target. Accuracy plays no part here: weights are random, nothing is repaired.
 
 Every plan is a line in DIR/prediction.jsonl as soon as it is measured: started again, the same command goes on from
 there. Writes `results/prediction-<engine>-<threads>t-<processor>.json` (raw samples) and `.png`.
@@ -26,6 +26,7 @@ from common import COLOURS, Subject, chosen, judged_by_tables, parser, result_st
 from matplotlib.figure import Figure
 
 import graphprune as gp
+from graphprune.agents.random_search import random_walk
 from graphprune.calibration import Statistics
 from graphprune.candidates import Candidates
 from graphprune.engines import create
@@ -34,10 +35,11 @@ from graphprune.evaluation import Workbench
 from graphprune.export import onnx_bytes
 from graphprune.machine import environment
 from graphprune.measure import verdict
+from graphprune.probing import PROBES, corrected, saving_factor
 from graphprune.problem import Choices, Problem, Sum
 from graphprune.profile import Profile
 from graphprune.registry import chosen_patterns
-from graphprune.search import PROBE_SEED, PROBES, corrected, random_walk, saving_factor
+from graphprune.search import PROBE_SEED
 
 LOWEST, HIGHEST = 0.3, 0.95
 """Targets between these shares of dense latency."""

@@ -44,6 +44,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 import graphprune as gp
 from graphprune import models
 from graphprune.agents.autosculpt import EPISODES, Search
+from graphprune.agents.random_search import random_walk
 from graphprune.calibration import Statistics, calibrate
 from graphprune.candidates import Candidates
 from graphprune.cases import operators
@@ -59,7 +60,7 @@ from graphprune.profile import Profile
 from graphprune.randomness import seeded
 from graphprune.registry import chosen_patterns
 from graphprune.repair import make_reference
-from graphprune.search import Session, latency_cost, random_walk
+from graphprune.search import Session, latency_cost
 from graphprune.sensitivity import sensitivities
 
 FAMILIES = {

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import inf, isfinite
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +28,8 @@ from graphprune.measure import share
 from graphprune.past import PROBLEM
 from graphprune.pattern import Pattern
 from graphprune.plan import Plan
-from graphprune.problem import BudgetSpent, Choices, Decision, Factor, Problem, Sum
+from graphprune.probing import corrected, likely_plans, saving_factor
+from graphprune.problem import BudgetSpent, Choices, Decision, Problem, Sum
 from graphprune.problem_file import pack
 from graphprune.profile import Profile
 from graphprune.record import Record, Share
@@ -52,12 +52,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int, str], None]
 """Called with the stage, the steps done, their number, and a note such as the best result so far."""
-PROBES = 5
-"""Random plans near the target that are measured before the search, to correct the predicted latency."""
 PROBE_SEED = 2412
-"""Of those plans: another one than agents are likely to get, so that random search does not draw the same."""
-LEAST_SAVED = 0.05
-"""Plans that save less tell nothing about the factor."""
+"""Of the plans that are measured before a search, to correct the predicted latency."""
 MARGIN = 0.96
 """The search aims a little below the latency target, so that the verified upper bound still meets it."""
 FINALISTS = 8
@@ -204,23 +200,21 @@ class Session:
             raise TargetError(f"no plan meets {asked} of the dense model; the best that can be reached is {reach}")
 
     def _correct_latency(self) -> None:
-        """Scale what the layers save by what a few random plans near the target really save.
+        """Scale what the layers save by what a few likely plans really save.
 
-        The profile knows layers alone; what else the model does, and what the engine fuses, is in this one factor. It
-        compares times measured in the same moment, so it does not matter when the profile was made. Where no plan is
-        within the target by prediction, the cheapest one is measured.
+        Their times are compared with the dense model's of the same moment, so it does not matter when the profile was
+        made.
         """
         if "latency" not in self.limits or not self.candidates.sites:
             return
-        problem = self.problem(PROBES, self._aims())
-        evaluator = self._evaluator(problem, "probe", 0)
-        rng, pairs = np.random.default_rng(PROBE_SEED), []
-        for number in range(PROBES):
-            choices = random_walk(problem, rng)
+        problem = self.problem(1, self._aims())
+        evaluator, pairs = self._evaluator(problem, "probe", 0), []
+        plans = likely_plans(problem, np.random.default_rng(PROBE_SEED))
+        for number, choices in enumerate(plans, 1):
             measured = evaluator.probe(choices).measured
             if measured is not None:
                 pairs.append((self.costs["latency"](choices), measured.value))
-            self.progress("profile", number + 1, PROBES, "whole models")
+            self.progress("profile", number, len(plans), "whole models")
         self.costs["latency"] = corrected(self.costs["latency"], saving_factor(pairs))
 
     def _evaluator(self, problem: Problem, agent: str, seed: int) -> Evaluator:
@@ -398,30 +392,9 @@ def _no_evaluator(choices: Choices) -> Record:
     raise StepError("this problem is not to be evaluated")
 
 
-def random_walk(problem: Problem, rng: np.random.Generator) -> Choices:
-    """A plan drawn uniformly under the mask."""
-    choices: Choices = ()
-    for _ in problem.decisions:
-        choices = (*choices, int(rng.choice(np.flatnonzero(problem.mask(choices)))))
-    return choices
-
-
 def latency_cost(candidates: Candidates) -> Sum:
     """The predicted latency share: the sum of the layers' times."""
     return candidates.cost(candidates.profile.seconds, _seconds(candidates.profile, candidates.graph))
-
-
-def saving_factor(pairs: Sequence[tuple[float, float]]) -> float:
-    """What whole models save / what their layers' sum says, the median over (predicted, measured) latency shares."""
-    ratios = [(1 - measured) / (1 - predicted) for predicted, measured in pairs if 1 - predicted > LEAST_SAVED]
-    return median(ratios or [1.0])
-
-
-def corrected(cost: Sum, factor: float) -> Sum:
-    """A cost share whose savings are multiplied by `factor`; the dense model stays at 1."""
-    factor = factor if isfinite(factor) and factor > 0 else 1.0
-    factors = tuple(Factor(f.sites, f.table * factor) for f in cost.factors)
-    return Sum(1 - factor + factor * cost.constant, factors)
 
 
 def _labels(graph: ModelGraph, profile: Profile) -> dict[str, list[str]]:

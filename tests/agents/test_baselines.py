@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from graphprune.agents import create
+from graphprune.agents.random_search import random_walk
 from graphprune.agents.uniform import nearest, setting, uniform_plans
 from graphprune.problem import BudgetSpent, Problem
 from tests.agents.toys import feasible_plans, problem
@@ -86,3 +87,9 @@ def test_magnitude_takes_the_cheapest_error_per_saving_first() -> None:
         choices[site] = option
     create("magnitude").run(made, np.random.default_rng(0))
     assert [record.plan for record in made.records] == [made.plan(choices)]
+
+
+def test_random_walks_stay_within_the_mask_and_reach_every_plan() -> None:
+    made = problem(seed=3, sizes=(2, 3, 2), limit=0.7)
+    walks = [random_walk(made, np.random.default_rng(seed)) for seed in range(300)]
+    assert set(walks) == set(feasible_plans(made))

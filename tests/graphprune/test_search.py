@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,11 +21,11 @@ from graphprune.export import onnx_bytes
 from graphprune.finalists import ranked
 from graphprune.measure import measure
 from graphprune.plan import Choice, Plan
-from graphprune.problem import Factor, Problem, Sum
+from graphprune.probing import PROBES
 from graphprune.record import Record, Share
 from graphprune.registry import chosen_patterns, patterns
 from graphprune.result import Result
-from graphprune.search import CLOSE_ROUNDS, PROBES, VERIFY_ROUNDS, corrected, random_walk, search
+from graphprune.search import CLOSE_ROUNDS, VERIFY_ROUNDS, search
 from graphprune.surgery import apply
 from graphprune.target import Target
 from graphprune.task import Task, top1
@@ -389,25 +388,6 @@ def test_a_user_task_from_loaders_and_a_model_by_name() -> None:
 
 def forbidden_loader() -> Iterator[Any]:
     yield from forbidden()
-
-
-def test_the_correction_scales_savings_and_leaves_the_dense_model_at_one() -> None:
-    cost = Sum(0.25, (Factor((0,), np.array([0.5, 0.2])), Factor((1,), np.array([0.25, 0.05]))))
-    for factor in (0.5, 1.3):
-        scaled = corrected(cost, factor)
-        for choices in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            assert 1 - scaled(choices) == pytest.approx(factor * (1 - cost(choices)))
-    for nonsense in (float("nan"), float("inf"), 0.0, -2.0):
-        assert corrected(cost, nonsense)((1, 1)) == pytest.approx(cost((1, 1)))
-
-
-def test_random_walks_stay_within_the_mask_and_reach_every_plan() -> None:
-    made: Problem = toy(seed=3, sizes=(2, 3, 2), limit=0.7)
-    walks = [random_walk(made, np.random.default_rng(seed)) for seed in range(300)]
-    feasible = {
-        (a, b, c) for a in range(2) for b in range(3) for c in range(2) if made.feasible((a, b, c))
-    }  # fmt: skip
-    assert set(walks) == feasible
 
 
 # --- the real engine ------------------------------------------------------------------------------------------------

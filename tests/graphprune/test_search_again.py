@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from graphprune.engines.fake import FakeEngine
+from graphprune.probing import PROBES
 from graphprune.result import Result
-from graphprune.search import PROBES
 from graphprune.study import Study, label, list_studies
 from graphprune.target import Target
 from tests.graphprune.searching import Builds, counted_builds, run, shared_cache  # noqa: F401 - fixtures
