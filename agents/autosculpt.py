@@ -365,7 +365,7 @@ class Search:
 
     def _legal(self, plans: Vectors) -> Vectors:
         """Those of some plans [N, sites] that meet the target, in their canonical form."""
-        whole = np.array([self.problem.canonical(plan) for plan in plans.tolist()], dtype=np.int64).reshape(plans.shape)
+        whole = self.problem.canonicals(plans)
         return whole[self.problem.all_feasible(whole)]
 
     def decode(self, anchors: Vectors, greedy: bool, curiosity: float = CURIOSITY) -> Vectors:

@@ -159,7 +159,7 @@ class ShrinkingEnv(gymnasium.Env[Observation, NDArray[np.float32]]):  # type: ig
                 legal = np.isfinite(self.problem.sweep_overruns(choices, site))
             pairs = zip(kept[:, site], legal, strict=True)
             choices[:, site] = [self.fronts.nearest(site, 1 - share, row) for share, row in pairs]
-        return np.array([self.problem.canonical(row) for row in choices.tolist()], dtype=np.int64)
+        return self.problem.canonicals(choices)
 
     def _observation(self) -> Observation:
         state = [min(self.problem.overrun(self.asked.tolist()), BOUND), self.steps / STEPS]

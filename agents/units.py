@@ -99,7 +99,7 @@ class Units:
     def asked(self, kept: Bits) -> Vectors:
         """What decisions [N, units] ask for at each site, whether or not it meets the target: [N, sites]."""
         nearest = [self.distances(kept, site).argmin(axis=1) for site in range(len(self._sizes))]
-        return np.array([self.problem.canonical(row) for row in np.stack(nearest, axis=1).tolist()], dtype=np.int64)
+        return self.problem.canonicals(np.stack(nearest, axis=1))
 
     def executed(self, kept: Bits) -> Vectors:
         """The legal plans [N, sites] nearest to what is asked, decided site by site under the action wall."""

@@ -275,10 +275,11 @@ class Problem:
 
     def canonical(self, choices: Sequence[int]) -> Choices:
         """The choice vector of the same plan in which nothing is decided inside a branch that is gone."""
-        return tuple(
-            0 if any(choices[number] for number in decision.gone_with) else int(option)
-            for decision, option in zip(self.decisions, choices, strict=True)
-        )
+        return tuple(self.canonicals(np.array([choices], dtype=np.int64))[0].tolist())
+
+    def canonicals(self, choices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`canonical` of many choice vectors [N, sites] at once."""
+        return np.where((choices > 0) @ self.inside, 0, choices)
 
     def allows(self, choices: Sequence[int]) -> bool:
         """Whether a whole choice vector meets the target, by prediction, and decides nothing in branches that go."""
