@@ -112,6 +112,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def trained_parser(description: str | None, models: str) -> argparse.ArgumentParser:
+    """The options of those that are about trained networks on CIFAR-10."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", required=True, help="folder with CIFAR-10")
+    made.add_argument("--weights", required=True, type=Path, help="folder with cifar10_<model>.safetensors")
+    made.add_argument("--models", default=models)
+    return made
+
+
 def chosen(names: str) -> list[str]:
     """The models of `--models`."""
     unknown = set(names.split(",")) - set(MODELS)

@@ -32,7 +32,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from common import claimed, prepared, result_file, spread
+from common import claimed, prepared, result_file, spread, trained_parser
 from equal_latency import Rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -84,10 +84,7 @@ Line = dict[str, Any]
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data", required=True, help="folder with CIFAR-10")
-    made.add_argument("--weights", required=True, type=Path, help="folder with cifar10_<model>.safetensors")
-    made.add_argument("--models", default="resnet20")
+    made = trained_parser(__doc__, "resnet20")
     made.add_argument("--agents", default="dp,autosculpt,random")
     made.add_argument("--trials", type=int, default=200)
     made.add_argument("--seeds", type=int, default=3)

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common import prepared, result_file
+from common import prepared, result_file, trained_parser
 
 from graphprune.agents import create
 from graphprune.machine import environment
@@ -32,10 +32,7 @@ Line = dict[str, Any]
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data", required=True, help="folder with CIFAR-10")
-    made.add_argument("--weights", required=True, type=Path, help="folder with cifar10_<model>.safetensors")
-    made.add_argument("--models", default="resnet20")
+    made = trained_parser(__doc__, "resnet20")
     made.add_argument("--agents", default="uniform,magnitude,dp,autosculpt")
     made.add_argument("--images", type=int, default=2000, help="validation images")
     made.add_argument("--work", type=Path, default=Path("first_plan_work"), help="folder for studies")

@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from common import RESULTS, prepared
+from common import RESULTS, prepared, trained_parser
 from equal_latency import Row, Rows
 from scipy.stats import kendalltau
 
@@ -45,10 +45,7 @@ SHARES = (0.7, 0.6, 0.5, 0.45, 0.4, 0.35)
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data", required=True, help="folder with CIFAR-10")
-    made.add_argument("--weights", required=True, type=Path, help="folder with cifar10_<model>.safetensors")
-    made.add_argument("--models", default="resnet14,vit_depth3,resnet20,resnet56,vit")
+    made = trained_parser(__doc__, "resnet14,vit_depth3,resnet20,resnet56,vit")
     made.add_argument("--images", type=int, default=1000, help="validation images")
     made.add_argument("--work", type=Path, default=Path("sensitivity_work"), help="folder for finished rows")
     return made.parse_args()

@@ -21,13 +21,12 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from itertools import product
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
-from common import prepared, result_file
+from common import prepared, result_file, trained_parser
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -48,6 +47,8 @@ POWERS, WIDTHS = (0.5, 0.75, 1.0, 1.5), (0.3, 0.6, 1.0)
 LOOKS = (250, 500, 1000)
 """Numbers of images."""
 SIGNALS = ("wrong", "divergence", "deviation")
+ATTEMPTS = 20
+"""How many plans are drawn at most for each that is wanted, since they may be alike."""
 DRAWN, DRAWS = 40, 2000
 BETTER = 1 / 3
 Line = dict[str, Any]
@@ -55,19 +56,18 @@ Line = dict[str, Any]
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data", required=True, help="folder with CIFAR-10")
-    made.add_argument("--weights", required=True, type=Path, help="folder with cifar10_<model>.safetensors")
-    made.add_argument("--models", default="resnet20,resnet56,vit")
+    made = trained_parser(__doc__, "resnet20,resnet56,vit")
     made.add_argument("--plans", type=int, default=100)
     return made.parse_args()
 
 
 def drawn(problem: Problem, count: int) -> list[Choices]:
-    """Different plans that are best for some weights of the errors."""
+    """Different plans that are best for some weights of the errors; fewer than `count` where no others turn up."""
     solver, rng = Solver(problem), np.random.default_rng(0)
     found = dict.fromkeys([solver.solve()])
-    while len(found) < count:
+    for _ in range(ATTEMPTS * count):
+        if len(found) >= count:
+            break
         weights = np.exp(rng.choice(WIDTHS) * rng.normal(size=solver.layers))
         found[solver.solve(1.0, float(rng.choice(POWERS)), weights)] = None
     return [plan for plan in found if plan is not None]

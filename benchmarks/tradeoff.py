@@ -22,7 +22,7 @@ from statistics import mean
 
 import matplotlib
 import numpy as np
-from common import prepared, result_file, spread
+from common import prepared, result_file, spread, trained_parser
 from equal_latency import Row, Rows
 from matplotlib.figure import Figure
 
@@ -45,10 +45,7 @@ SEPARATE = ("dp", "dp+local", "autosculpt", "sparrl", "bocr", "tpe", "random", "
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data", required=True, help="folder with CIFAR-10")
-    made.add_argument("--weights", required=True, type=Path, help="folder with cifar10_<model>.safetensors")
-    made.add_argument("--models", default="resnet20")
+    made = trained_parser(__doc__, "resnet20")
     made.add_argument("--agents", default=",".join(SEPARATE), help="those that search for each budget anew")
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--images", type=int, default=1000, help="validation images")

@@ -49,3 +49,8 @@ def test_plans_are_different_and_meet_the_target() -> None:
     plans = signals.drawn(made, 6)
     assert len(set(plans)) == len(plans) == 6
     assert all(made.allows(plan) for plan in plans)
+
+
+def test_drawing_ends_where_there_are_no_more_plans() -> None:
+    made = problem(0, sizes=(2, 2), limit=0.7)
+    assert 1 <= len(signals.drawn(made, 50)) <= 4
