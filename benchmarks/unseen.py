@@ -8,8 +8,11 @@ the validation nor the calibration slice. No test set is read: these images are 
 `train.py` were trained on, unlike their validation slice, so that only plans of one network compare. FILE is what
 `convergence.py` wrote on a machine with this processor, or another one of its files.
 
-Resumable: a judged plan is a line in WORK/unseen.jsonl. Writes `results/unseen-<...>.json`, named as FILE is, and
-prints the mean (and the range) over the seeds of each agent.
+Where FILE is of a machine with this processor, all plans of a model and the dense model are also timed together,
+interleaved, as they are when the searches disturb each other no more: run it with nothing beside it.
+
+Resumable: a judged plan is a line in WORK/unseen.jsonl. Writes `results/unseen-<...>.json`, named as FILE is, with all
+samples, and prints the mean (and the range) over the seeds of each agent, and the latencies.
 """
 
 import argparse
@@ -27,6 +30,7 @@ from equal_latency import Rows
 import graphprune as gp
 from graphprune.cuts import resolve
 from graphprune.evaluation import Workbench
+from graphprune.export import onnx_bytes
 from graphprune.machine import environment
 from graphprune.plan import Plan
 from graphprune.repair import FINE, make_reference
@@ -35,9 +39,12 @@ from graphprune.task import Task
 
 UNSEEN = 4000
 BATCH = 500
+ROUNDS = 100
 KEYS = ("model", "agent", "seed", "trials", "images")
 Line = dict[str, Any]
-"""A search: `KEYS`, the best accuracy that it saw, and `unseen`, that of the plan that it returned."""
+"""A search: `KEYS`, the best accuracy that it saw, and `unseen`, that of the plan that it returned; `latency` (share of
+the dense one, ends of the interval) and `seconds` where that was timed.
+"""
 
 
 def arguments() -> argparse.Namespace:
@@ -79,38 +86,62 @@ class Judge:
         cuts = resolve(self.bench.graph, plan)
         return self.unseen.accuracy(self.bench.settled(cuts).build(cuts))
 
+    def timed(self, plans: Sequence[Plan]) -> list[Line]:
+        """The latencies of some plans, measured together."""
+        files = [onnx_bytes(self.bench.model, self.bench.task.example_inputs)]
+        for plan in plans:
+            cuts = resolve(self.bench.graph, plan)
+            pruned = self.bench.settled(cuts).cut(cuts).eval()
+            files.append(onnx_bytes(pruned, self.bench.task.example_inputs))
+        shares = gp.measure(files, rounds=ROUNDS).shares[1:]
+        assert None not in shares, "searches return plans that run"
+        return [
+            {"latency": [one.value, one.low, one.high], "seconds": one.candidate, "dense_seconds": one.dense}
+            for one in shares
+            if one is not None
+        ]
+
 
 def table(lines: Sequence[Line]) -> str:
     """A row for each agent on a model with so many trials."""
-    text = [f"{'model':16} {'trials':>6} {'agent':24} {'best seen':>24} {'returned, unseen':>24}"]
+    text = [f"{'model':16} {'trials':>6} {'agent':24} {'best seen':>24} {'returned, unseen':>24}   latency"]
     groups = dict.fromkeys((line["model"], line["trials"], line["agent"]) for line in lines)
     for model, trials, agent in groups:
         own = [line for line in lines if (line["model"], line["trials"], line["agent"]) == (model, trials, agent)]
         cells = (spread([line[name] for line in own]) for name in ("best", "unseen"))
-        text.append(f"{model:16} {trials:6} {agent:24} " + " ".join(f"{cell:>24}" for cell in cells))
+        latency = ", ".join(f"{line['latency'][0]:.3f}" for line in own if "latency" in line)
+        text.append(f"{model:16} {trials:6} {agent:24} " + " ".join(f"{cell:>24}" for cell in cells) + f"   {latency}")
     return "\n".join(text)
 
 
 def main() -> None:
-    """Judge what is not judged yet."""
+    """Judge what is not judged yet, then time all plans."""
     options = arguments()
-    kept = Rows(options.work / "unseen.jsonl")
+    here = options.results.name == result_file("convergence").name
+    kept, rows = Rows(options.work / "unseen.jsonl"), []
     searches: list[Line] = [line for line in json.loads(options.results.read_text())["searches"] if line["met"]]
     for model in dict.fromkeys(line["model"] for line in searches if line["model"] in zoo.NETWORKS):
-        judge = None
-        for line in [line for line in searches if line["model"] == model]:
+        lines = [line for line in searches if line["model"] == model]
+        judge = Judge.of(model, lines[0]["images"], options)
+        for line in lines:
             facts = {key: line[key] for key in KEYS} | {"plan": line["plan"]}
-            if kept.has(**facts):
-                continue
-            judge = judge or Judge.of(model, line["images"], options)
-            best = max(accuracy for accuracy in line["accuracy"] if accuracy is not None)
-            kept.add(facts | {"best": best, "unseen": judge.accuracy(Plan.from_json(json.dumps(line["plan"])))})
-            print(table(kept.rows[-1:]).splitlines()[1], flush=True)
-    published = [{name: value for name, value in row.items() if name != "plan"} for row in kept.rows]
+            if not kept.has(**facts):
+                best = max(accuracy for accuracy in line["accuracy"] if accuracy is not None)
+                kept.add(facts | {"best": best, "unseen": judge.accuracy(plan_of(line))})
+                print(table(kept.rows[-1:]).splitlines()[1], flush=True)
+        own = [row for row in kept.rows if row["model"] == model]
+        timings = judge.timed([plan_of(row) for row in own]) if here else [{}] * len(own)
+        rows += [row | timing for row, timing in zip(own, timings, strict=True)]
+    published = [{name: value for name, value in row.items() if name != "plan"} for row in rows]
     body = {"unseen images": UNSEEN, "plans": published, "environment": environment()}
     name = options.results.name.replace("convergence", "unseen")
     result_file("unseen").with_name(name).write_text(json.dumps(body, indent=1) + "\n")
-    print(table(kept.rows))
+    print(table(rows))
+
+
+def plan_of(line: Line) -> Plan:
+    """The plan that a search returned."""
+    return Plan.from_json(json.dumps(line["plan"]))
 
 
 if __name__ == "__main__":
