@@ -34,7 +34,7 @@ from graphprune.graph import ModelGraph
 from graphprune.machine import environment
 from graphprune.problem import Choices, GraphView, Problem
 from graphprune.randomness import seeded
-from graphprune.record import Record
+from graphprune.record import Record, Share
 from graphprune.registry import chosen_patterns
 from graphprune.search import Session, latency_cost
 
@@ -65,6 +65,14 @@ def subject(name: str, seed: int = 0) -> Subject:
         module = models.create(MODELS[name]).eval()
         example = torch.randn(2, *models.default_input_size(MODELS[name], module))
     return Subject(name, module, gp.trace(module, example), example)
+
+
+def raw(measured: Share) -> dict[str, list[float]]:
+    """The samples behind a share, in seconds, to the nanosecond: no clock tells more."""
+    return {
+        "dense_seconds": [round(sample, 9) for sample in measured.dense],
+        "seconds": [round(sample, 9) for sample in measured.candidate],
+    }
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import COLOURS, Subject, chosen, judged_by_tables, parser, result_stem, subject
+from common import COLOURS, Subject, chosen, judged_by_tables, parser, raw, result_stem, subject
 from matplotlib.figure import Figure
 
 import graphprune as gp
@@ -113,7 +113,7 @@ class Bench:
             return line | {"error": "the engine cannot run it"}
         return line | {
             "measured": measured.value, "interval": [measured.low, measured.high], "verdict": verdict(measured),
-            "dense_seconds": measured.dense, "seconds": measured.candidate,
+            **raw(measured),
         }  # fmt: skip
 
 

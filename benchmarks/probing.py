@@ -22,7 +22,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from common import prepared, result_file, trained_parser
+from common import prepared, raw, result_file, trained_parser
 from signals import drawn
 
 import graphprune as gp
@@ -64,10 +64,7 @@ def measure(session: Session, plan: Choices, predicted: float) -> Line:
     file = session.bench.file(pruned, cuts) or onnx_bytes(pruned, session.task.example_inputs)
     found = gp.measure([session.dense_onnx, file], rounds=ROUNDS, engine=session.engine).shares[-1]
     assert found is not None, "every plan that is offered runs"
-    return {
-        "choices": list(plan), "predicted": predicted, "measured": found.value,
-        "dense_seconds": found.dense, "seconds": found.candidate,
-    }  # fmt: skip
+    return {"choices": list(plan), "predicted": predicted, "measured": found.value, **raw(found)}
 
 
 def run(session: Session, plans: int) -> Iterator[tuple[str, Line]]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import zoo
-from common import result_file, spread
+from common import raw, result_file, spread
 from equal_latency import Rows
 
 import graphprune as gp
@@ -95,11 +95,7 @@ class Judge:
             files.append(onnx_bytes(pruned, self.bench.task.example_inputs))
         shares = gp.measure(files, rounds=ROUNDS).shares[1:]
         assert None not in shares, "searches return plans that run"
-        return [
-            {"latency": [one.value, one.low, one.high], "seconds": one.candidate, "dense_seconds": one.dense}
-            for one in shares
-            if one is not None
-        ]
+        return [{"latency": [one.value, one.low, one.high], **raw(one)} for one in shares if one is not None]
 
 
 def table(lines: Sequence[Line]) -> str:
