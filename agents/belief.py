@@ -126,8 +126,7 @@ class Belief:
             worth = spread**2 * shares.T @ fit.weights + vectors @ (np.sqrt(np.maximum(values, 0)) * noise)
             logarithms = -fit.scale * worth / max(fit.line[1], 1e-9)
         weights = np.exp(np.clip(logarithms, -MOST_DOUBT, MOST_DOUBT))
-        tables = zip(self.error.factors, weights, strict=True)
-        return Sum(self.error.constant, tuple(Factor(own.sites, own.table * weight) for own, weight in tables))
+        return self.error.weighted(weights)
 
     def _prior(self, choices: NDArray[np.int64]) -> Floats:
         prior: Floats = -np.log(np.maximum(self.error.batch(choices), 0) / self._unit + FLOOR)

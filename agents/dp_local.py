@@ -28,17 +28,6 @@ ATTEMPTS = 50
 Vectors = NDArray[np.int64]
 
 
-def singles(problem: Problem, plan: Choices) -> Vectors:
-    """Every choice vector that differs from `plan` at exactly one site: [M, sites]."""
-    found = [np.zeros((0, len(plan)), dtype=np.int64)]
-    for site, decision in enumerate(problem.decisions):
-        others = np.delete(np.arange(len(decision.options)), plan[site])
-        changed = np.tile(np.array(plan, dtype=np.int64), (len(others), 1))
-        changed[:, site] = others
-        found.append(changed)
-    return np.concatenate(found)
-
-
 def exchanges(problem: Problem, plan: Choices, dearer: Vectors) -> tuple[Vectors, Floats]:
     """`dearer` plans [M, sites] with one more site made cheaper so that the target holds: [N, sites], with errors [N].
 
@@ -63,7 +52,7 @@ def exchanges(problem: Problem, plan: Choices, dearer: Vectors) -> tuple[Vectors
 
 def neighbours(problem: Problem, plan: Choices) -> Iterator[Choices]:
     """Plans with one site changed, or one made dearer and another cheaper, that meet the target: least error first."""
-    changed = singles(problem, plan)
+    changed = problem.singles(plan)
     overruns = problem.overruns(changed)
     cheap = changed[overruns <= 1 + ROUNDING]
     pairs, errors = exchanges(problem, plan, changed[overruns > problem.overrun(plan)])

@@ -223,6 +223,5 @@ def _shifted(table: Floats, need: Floats) -> Floats:
 
 def weighted(error: Sum, exponent: float, weights: Iterable[float]) -> Sum:
     """Errors whose factors are raised to a power, with their sign kept, and weighted."""
-    tables = (np.sign(factor.table) * np.abs(factor.table) ** exponent for factor in error.factors)
-    pairs = zip(error.factors, tables, weights, strict=True)
-    return Sum(error.constant, tuple(Factor(own.sites, weight * table) for own, table, weight in pairs))
+    powers = (Factor(own.sites, np.sign(own.table) * np.abs(own.table) ** exponent) for own in error.factors)
+    return Sum(error.constant, tuple(powers)).weighted(weights)

@@ -28,7 +28,7 @@ from graphprune.agents.policies import Learner, Weights, adopt, reproducible, we
 from graphprune.agents.wall import only_plan, passes
 from graphprune.environment import reward
 from graphprune.errors import InputError
-from graphprune.problem import ROUNDING, Choices, Factor, Floats, Problem, Sum
+from graphprune.problem import ROUNDING, Choices, Floats, Problem
 
 EPISODES = 16
 """Episodes that are played side by side."""
@@ -75,8 +75,7 @@ class Worth:
         centred = slope * (parts - parts.mean(axis=0))
         pull = np.sqrt(SHRINKAGE) * np.eye(parts.shape[1])
         weights, _ = nnls(np.concatenate([centred, pull]), np.concatenate([-standard, pull.sum(axis=0)]))
-        factors = zip(problem.error.factors, weights, strict=True)
-        self.error = Sum(0.0, tuple(Factor(f.sites, f.table * (slope * weight)) for f, weight in factors))
+        self.error = replace(problem.error.weighted(slope * weights), constant=0.0)
         self._top = float(self.error.batch(plans).mean())
 
     def standard(self, values: Floats) -> Floats:

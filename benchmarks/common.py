@@ -26,10 +26,13 @@ from torch import nn
 import graphprune as gp
 from graphprune import models
 from graphprune.candidates import Candidates
+from graphprune.cuts import Cuts
 from graphprune.engines import ENGINES
 from graphprune.engines.base import Engine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import StepError
+from graphprune.evaluation import Workbench
+from graphprune.export import onnx_bytes
 from graphprune.graph import ModelGraph
 from graphprune.machine import environment
 from graphprune.problem import Choices, GraphView, Problem
@@ -65,6 +68,15 @@ def subject(name: str, seed: int = 0) -> Subject:
         module = models.create(MODELS[name]).eval()
         example = torch.randn(2, *models.default_input_size(MODELS[name], module))
     return Subject(name, module, gp.trace(module, example), example)
+
+
+def timed(
+    bench: Workbench, cuts: Cuts, dense: bytes, example: torch.Tensor, engine: Engine, rounds: int
+) -> Share | None:
+    """A cut model's share of the dense one's latency, cut out of its file as in a search; None if it does not run."""
+    pruned = bench.cut(cuts).eval()
+    file = bench.file(pruned, cuts) or onnx_bytes(pruned, example)
+    return gp.measure([dense, file], rounds=rounds, engine=engine).shares[-1]
 
 
 def raw(measured: Share) -> dict[str, list[float]]:

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import COLOURS, Subject, chosen, judged_by_tables, parser, raw, result_stem, subject
+from common import COLOURS, Subject, chosen, judged_by_tables, parser, raw, result_stem, subject, timed
 from matplotlib.figure import Figure
 
-import graphprune as gp
 from graphprune.agents.random_search import random_walk
 from graphprune.calibration import Statistics
 from graphprune.candidates import Candidates
@@ -35,11 +34,10 @@ from graphprune.evaluation import Workbench
 from graphprune.export import onnx_bytes
 from graphprune.machine import environment
 from graphprune.measure import verdict
-from graphprune.probing import PROBES, corrected, saving_factor
+from graphprune.probing import PROBE_SEED, PROBES, corrected, saving_factor
 from graphprune.problem import Choices, Problem, Sum
 from graphprune.profile import Profile
 from graphprune.registry import chosen_patterns
-from graphprune.search import PROBE_SEED
 
 LOWEST, HIGHEST = 0.3, 0.95
 """Targets between these shares of dense latency."""
@@ -104,9 +102,7 @@ class Bench:
         }  # fmt: skip
         try:
             cuts = self.candidates.cuts(choices)
-            pruned = self.bench.cut(cuts).eval()
-            file = self.bench.file(pruned, cuts) or onnx_bytes(pruned, self.subject.example)
-            measured = gp.measure([self.dense_onnx, file], rounds=ROUNDS, engine=self.engine).shares[-1]
+            measured = timed(self.bench, cuts, self.dense_onnx, self.subject.example, self.engine, ROUNDS)
         except Exception as error:  # a plan that cannot be built or exported is a result
             return line | {"error": f"{type(error).__name__}: {error}"}
         if measured is None:

@@ -22,16 +22,14 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from common import prepared, raw, result_file, trained_parser
+from common import prepared, raw, result_file, timed, trained_parser
 from signals import drawn
 
-import graphprune as gp
 from graphprune.agents.random_search import random_walk
-from graphprune.export import onnx_bytes
 from graphprune.machine import environment
-from graphprune.probing import PROBES, corrected, likely_plans, saving_factor
+from graphprune.probing import PROBE_SEED, PROBES, corrected, likely_plans, saving_factor
 from graphprune.problem import Choices, Problem
-from graphprune.search import PROBE_SEED, Session, latency_cost
+from graphprune.search import Session, latency_cost
 
 LATENCY = 0.5
 ROUNDS = 20
@@ -59,10 +57,8 @@ KINDS: dict[str, Callable[[Problem, np.random.Generator], list[Choices]]] = {
 
 def measure(session: Session, plan: Choices, predicted: float) -> Line:
     """A plan's measured share of the dense latency, beside what is predicted."""
-    cuts = session.candidates.cuts(plan)
-    pruned = session.bench.cut(cuts).eval()
-    file = session.bench.file(pruned, cuts) or onnx_bytes(pruned, session.task.example_inputs)
-    found = gp.measure([session.dense_onnx, file], rounds=ROUNDS, engine=session.engine).shares[-1]
+    cuts, example = session.candidates.cuts(plan), session.task.example_inputs
+    found = timed(session.bench, cuts, session.dense_onnx, example, session.engine, ROUNDS)
     assert found is not None, "every plan that is offered runs"
     return {"choices": list(plan), "predicted": predicted, "measured": found.value, **raw(found)}
 

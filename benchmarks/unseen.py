@@ -113,26 +113,35 @@ def table(lines: Sequence[Line]) -> str:
 def main() -> None:
     """Judge what is not judged yet, then time all plans."""
     options = arguments()
-    here = options.results.name == result_file("convergence").name
     kept, rows = Rows(options.work / "unseen.jsonl"), []
     searches: list[Line] = [line for line in json.loads(options.results.read_text())["searches"] if line["met"]]
     for model in dict.fromkeys(line["model"] for line in searches if line["model"] in zoo.NETWORKS):
-        lines = [line for line in searches if line["model"] == model]
-        judge = Judge.of(model, lines[0]["images"], options)
-        for line in lines:
-            facts = {key: line[key] for key in KEYS} | {"plan": line["plan"]}
-            if not kept.has(**facts):
-                best = max(accuracy for accuracy in line["accuracy"] if accuracy is not None)
-                kept.add(facts | {"best": best, "unseen": judge.accuracy(plan_of(line))})
-                print(table(kept.rows[-1:]).splitlines()[1], flush=True)
-        own = [row for row in kept.rows if row["model"] == model]
-        timings = judge.timed([plan_of(row) for row in own]) if here else [{}] * len(own)
-        rows += [row | timing for row, timing in zip(own, timings, strict=True)]
+        rows += judged(model, [line for line in searches if line["model"] == model], kept, options)
     published = [{name: value for name, value in row.items() if name != "plan"} for row in rows]
     body = {"unseen images": UNSEEN, "plans": published, "environment": environment()}
     name = options.results.name.replace("convergence", "unseen")
     result_file("unseen").with_name(name).write_text(json.dumps(body, indent=1) + "\n")
     print(table(rows))
+
+
+def judged(model: str, searches: Sequence[Line], kept: Rows, options: argparse.Namespace) -> list[Line]:
+    """The lines of all searches on a model; those not `kept` yet are judged."""
+    here = options.results.name == result_file("convergence").name
+    missing = [line for line in searches if not kept.has(**facts(line))]
+    if missing or here:
+        judge = Judge.of(model, searches[0]["images"], options)
+    for line in missing:
+        best = max(accuracy for accuracy in line["accuracy"] if accuracy is not None)
+        kept.add(facts(line) | {"best": best, "unseen": judge.accuracy(plan_of(line))})
+        print(table(kept.rows[-1:]).splitlines()[1], flush=True)
+    own = [row for row in kept.rows if row["model"] == model]
+    timings = judge.timed([plan_of(row) for row in own]) if here else [{}] * len(own)
+    return [row | timing for row, timing in zip(own, timings, strict=True)]
+
+
+def facts(search: Line) -> Line:
+    """What a judged plan is known by."""
+    return {key: search[key] for key in (*KEYS, "plan")}
 
 
 def plan_of(line: Line) -> Plan:

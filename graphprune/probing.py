@@ -11,11 +11,13 @@ from statistics import median
 
 import numpy as np
 
-from graphprune.problem import Choices, Factor, Problem, Sum
+from graphprune.problem import Choices, Problem, Sum
 from graphprune.tightening import tightened
 
 PROBES = 7
 """Plans near the target that are measured before the search."""
+PROBE_SEED = 2412
+"""Of the errors that these plans are drawn for."""
 DOUBT = 0.5
 """Standard deviation of the logarithm of the weight that each layer's error gets in such a plan, at first."""
 ATTEMPTS = 4
@@ -34,9 +36,7 @@ def likely_plans(problem: Problem, rng: np.random.Generator) -> list[Choices]:
     for attempt in range(ATTEMPTS * PROBES):
         spread = DOUBT * (1 + attempt / PROBES)
         weights = np.exp(spread * rng.normal(size=len(problem.error.factors)))
-        tables = zip(problem.error.factors, weights, strict=True)
-        error = Sum(problem.error.constant, tuple(Factor(own.sites, own.table * weight) for own, weight in tables))
-        plan = tightened(replace(problem, error=error), problem.dense, 1.0)
+        plan = tightened(replace(problem, error=problem.error.weighted(weights)), problem.dense, 1.0)
         found[problem.cheapest if plan is None else plan] = None
         if len(found) == PROBES:
             break
@@ -52,5 +52,5 @@ def saving_factor(pairs: Sequence[tuple[float, float]]) -> float:
 def corrected(cost: Sum, factor: float) -> Sum:
     """A cost share whose savings are multiplied by `factor`; the dense model stays at 1."""
     factor = factor if isfinite(factor) and factor > 0 else 1.0
-    factors = tuple(Factor(f.sites, f.table * factor) for f in cost.factors)
-    return Sum(1 - factor + factor * cost.constant, factors)
+    scaled = cost.weighted([factor] * len(cost.factors))
+    return replace(scaled, constant=1 - factor + factor * cost.constant)

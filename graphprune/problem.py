@@ -4,7 +4,7 @@ Everything here is numpy: an agent sees patterns only as indices, features and m
 A *choice vector* holds one option index per site; option 0 of every site is "dense".
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -85,6 +85,11 @@ class Sum:
     def batch(self, choices: NDArray[np.int64]) -> Floats:
         """The values of many choice vectors [N, sites] at once: [N]."""
         return np.asarray(self.constant + self.parts(choices).sum(axis=1))
+
+    def weighted(self, weights: Iterable[float]) -> "Sum":
+        """The sum with each factor's table times its weight [factors]; the constant stays."""
+        pairs = zip(self.factors, weights, strict=True)
+        return Sum(self.constant, tuple(Factor(own.sites, own.table * weight) for own, weight in pairs))
 
     def sweep(self, choices: NDArray[np.int64], site: int, options: int) -> Floats:
         """The values for each of the `options` options of `site`, the rest as in `choices`: [N, options]."""
@@ -215,6 +220,16 @@ class Problem:
         dense = np.array([self.dense], dtype=np.int64)
         overruns = self.sweep_overruns(dense, site)[0]
         return overruns, self.error.sweep(dense, site, len(overruns))[0]
+
+    def singles(self, choices: Choices) -> NDArray[np.int64]:
+        """Every choice vector that differs from `choices` at exactly one site, site by site: [M, sites]."""
+        found = [np.zeros((0, len(choices)), dtype=np.int64)]
+        for site, decision in enumerate(self.decisions):
+            others = np.delete(np.arange(len(decision.options)), choices[site])
+            changed = np.tile(np.array(choices, dtype=np.int64), (len(others), 1))
+            changed[:, site] = others
+            found.append(changed)
+        return np.concatenate(found)
 
     @cached_property
     def completions(self) -> tuple[Choices, ...]:

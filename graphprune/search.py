@@ -28,7 +28,7 @@ from graphprune.measure import share
 from graphprune.past import PROBLEM
 from graphprune.pattern import Pattern
 from graphprune.plan import Plan
-from graphprune.probing import corrected, likely_plans, saving_factor
+from graphprune.probing import PROBE_SEED, corrected, likely_plans, saving_factor
 from graphprune.problem import BudgetSpent, Choices, Decision, Problem, Sum
 from graphprune.problem_file import pack
 from graphprune.profile import Profile
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int, str], None]
 """Called with the stage, the steps done, their number, and a note such as the best result so far."""
-PROBE_SEED = 2412
-"""Of the plans that are measured before a search, to correct the predicted latency."""
 MARGIN = 0.96
 """The search aims a little below the latency target, so that the verified upper bound still meets it."""
 FINALISTS = 8

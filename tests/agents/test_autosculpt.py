@@ -37,7 +37,7 @@ from graphprune.views import VIEW_FEATURES
 from tests.agents.toys import accuracy_of, feasible_plans, problem, with_branch
 from tests.graphprune import tiny
 
-SEEDS = range(5)
+SEEDS = range(10)
 TOY = 4
 
 
@@ -88,8 +88,8 @@ def test_finds_the_enumerated_best_where_random_search_does_not() -> None:
     by_table = accuracy_of(made, min(plans, key=made.error))
     assert len(plans) > 1000
     assert accuracies.index(by_table) > 50, "the error table must not give the answer away"
-    assert finds("random", accuracies[0]) <= 1
-    assert finds("autosculpt", accuracies[0]) >= 4
+    assert finds("random", accuracies[0]) <= 3
+    assert finds("autosculpt", accuracies[0]) >= 9
 
 
 def test_imagination_alone_learns_the_error_table() -> None:
