@@ -30,7 +30,7 @@ from graphprune.agents.encoder import ALL, PairPolicy, Sight
 from graphprune.agents.episodes import Episodes
 from graphprune.agents.policies import Learner, Weights, adopt, read_policy, reproducible, weights_of
 from graphprune.agents.wall import only_plan
-from graphprune.environment import Observer, reward
+from graphprune.environment import FAILURE, Observer, excess
 from graphprune.problem import ROUNDING, Choices, Problem, Sum
 from graphprune.record import Record
 
@@ -77,11 +77,12 @@ def merit(problem: Problem, record: Record, choices: Choices) -> float:
     which says more about alike plans; the former alone where outputs were not compared. What it overruns the target by,
     which every plan meets by prediction, is taken off.
     """
-    accuracy = reward(problem, record, choices, band=np.inf)
-    if record.deviation is None or record.accuracy is None:
-        return -float(np.log(max(1 - accuracy, LEAST_WRONG)))
-    off = max(1 - record.accuracy, LEAST_WRONG) * max(record.deviation, LEAST_OFF)
-    return accuracy - record.accuracy - float(np.log(off)) / 2
+    if record.accuracy is None or record.error is not None:
+        return -float(np.log(1 - FAILURE))
+    wrong, over = 1 - record.accuracy, excess(problem, record, choices)
+    if record.deviation is None:
+        return -float(np.log(max(wrong + over, LEAST_WRONG)))
+    return -over - float(np.log(max(wrong, LEAST_WRONG) * max(record.deviation, LEAST_OFF))) / 2
 
 
 def fits(weights: Weights, problem: Problem) -> bool:
@@ -137,7 +138,7 @@ class Search:
     def __init__(self, problem: Problem, rng: np.random.Generator, weights: Weights | None, sight: Sight = ALL) -> None:
         self.problem = problem
         self.rng = rng
-        self.belief = Belief(problem)
+        self.belief = Belief(problem, slope=1.0)  # as `merit` is a logarithm, too
         self.observer = Observer(replace(problem, error=self.belief.error))
         self.rewards: dict[Choices, float] = {}
         self.per_round = max(4, problem.trials // ROUNDS)

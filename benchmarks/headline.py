@@ -4,6 +4,7 @@
     python benchmarks/headline.py tune  --data DIR                  # fine-tunes, on a GPU where there is one
     python benchmarks/headline.py table --data DIR                  # measures, reads the test set, prints, draws
     python benchmarks/headline.py check --data DIR --weights DIR    # measures and reads the shipped rows again
+    python benchmarks/headline.py draw  --results FILE [FILE ...]   # one picture of several machines' results
 
 DATA is torchvision's CIFAR-10 folder or a folder of WebP sheets; `tune` reads its training part alone. WEIGHTS are
 folders with cifar10_<model>.safetensors; those that `train.py` has written are found by themselves. Each stage does
@@ -36,8 +37,9 @@ def _list(text: str) -> list[str]:
 def arguments() -> argparse.Namespace:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("stage", choices=("plan", "tune", "table", "check"))
-    made.add_argument("--data", required=True, help="folder with CIFAR-10")
+    made.add_argument("stage", choices=("plan", "tune", "table", "check", "draw"))
+    made.add_argument("--data", help="folder with CIFAR-10")
+    made.add_argument("--results", type=Path, nargs="+", default=[], help="files that `draw` shows, one for a network")
     made.add_argument("--weights", type=Path, action="append", default=[], help="folder with trained networks")
     made.add_argument("--models", type=_list, default=MODELS, help=f"some of {', '.join(zoo.NETWORKS)}")
     made.add_argument("--methods", type=_list, default=",".join(METHODS), help=f"some of {', '.join(METHODS)}")
@@ -59,6 +61,8 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--work", type=Path, default=Path("headline_work"), help="folder for what the stages share")
     made.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     options = made.parse_args()
+    if not (options.results if options.stage == "draw" else options.data):
+        made.error(f"{options.stage} needs {'--results' if options.stage == 'draw' else '--data'}")
     _refuse(options.models, zoo.NETWORKS, "model")
     _refuse(options.methods, METHODS, "method")
     _refuse(options.blocks, BLOCKS, "block")
@@ -82,8 +86,10 @@ def main() -> None:
         from headline_tune import tune as stage
     elif options.stage == "table":
         from headline_table import table as stage
-    else:
+    elif options.stage == "check":
         from headline_table import check as stage
+    else:
+        from headline_table import picture as stage
     stage(options)
 
 

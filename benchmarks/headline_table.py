@@ -5,10 +5,13 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
+from math import ceil
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 import zoo
@@ -16,7 +19,9 @@ from common import result_file
 from equal_latency import first_images
 from headline_rows import Candidate, Row, rows
 from int8 import quantise
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from graphprune import atomic
 from graphprune.counting import count
@@ -206,6 +211,12 @@ def table(options: argparse.Namespace) -> None:
         draw(entries, result_file("headline", options.out).with_suffix(".png"))
 
 
+def picture(options: argparse.Namespace) -> None:
+    """Draw what results files of several machines hold, each network from one of them."""
+    entries = [entry for file in options.results for entry in json.loads(file.read_text())["entries"]]
+    draw(entries, options.out / "headline.png")
+
+
 def check(options: argparse.Namespace) -> None:
     """Measure the shipped files again and read their accuracy again; the script fails where a file does not hold."""
     task, broken = Task.load(f"cifar10:{options.data}"), 0
@@ -272,36 +283,69 @@ def markdown(entries: Sequence[Entry]) -> str:
     return "\n".join([head, "|" + "---|" * 8, *map(line, grouped(entries).values())])
 
 
-def points(entries: Sequence[Entry], method: str) -> list[tuple[float, float]]:
-    """(median latency share, mean test accuracy in %) of a method's lines, fastest first."""
-    own = [entry for entry in entries if entry["method"] == method and entry["block"] != "labels"]
-    blocks = {entry["block"] for entry in own}
-    own = [entry for entry in own if entry["block"] == "distilled" or "distilled" not in blocks]
-    return sorted(
-        (median(entry["share"]["value"] for entry in same), 100 * mean(entry["test"] for entry in same))
-        for same in grouped(own).values()
-    )
+@dataclass(frozen=True)
+class Point:
+    """A line of the table in a picture: median speed-up, mean test accuracy in %, and whether it was tuned."""
+
+    speedup: float
+    accuracy: float
+    tuned: bool
+
+
+def points(entries: Sequence[Entry], method: str) -> list[Point]:
+    """A method's lines that were measured, slowest first; of those for one speed-up the distilled one if there is."""
+    own = [entry for entry in entries if entry["method"] == method and entry["block"] != "labels" and entry["share"]]
+    best: dict[tuple[float, str], Point] = {}
+    for same in grouped(own).values():  # the untuned come first
+        first = same[0]
+        best[first["speedup"] or 0.0, first["variant"] if method == "sibling" else ""] = Point(
+            median(1 / entry["share"]["value"] for entry in same), 100 * mean(entry["test"] for entry in same),
+            first["block"] == "distilled",
+        )  # fmt: skip
+    return sorted(best.values(), key=lambda point: point.speedup)
 
 
 def draw(entries: Sequence[Entry], file: Path) -> None:
-    """Accuracy over measured latency: a panel for each network, a line for each method; tuned by distillation."""
+    """Accuracy over measured speed-up: a panel for each network, a line for each method; tuned by distillation."""
     names = list(dict.fromkeys(entry["model"] for entry in entries))
-    figure = Figure(figsize=(4.6 * len(names) + 2.2, 4.2), layout="constrained")
-    handles: dict[str, Any] = {}
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for method, colour in METHODS.items():
-            every = [entry for entry in entries if (entry["model"], entry["method"]) == (name, method)]
-            if own := points(every, method):
-                tuned = any(entry["block"] == "distilled" for entry in every)
-                handles[method] = axes.plot(
-                    *zip(*own, strict=True), marker="o", markersize=6, color=colour,
-                    linestyle="--" if method.startswith("int8") else "-", markerfacecolor=colour if tuned else "white",
-                )[0]  # fmt: skip
-        top = max(100 * entry["test"] for entry in entries if entry["model"] == name)
-        axes.set(title=name, xlabel="measured latency, share of dense", ylabel="test top-1, %", xlim=(0, 1.05))
-        axes.set_ylim(max(axes.get_ylim()[0], top - SHOWN), top + 1)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("filled: fine-tuned; open: not fine-tuned", fontsize=10)
-    figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False, fontsize=9)
-    figure.savefig(file, dpi=130)
+    columns = min(3, len(names) + 1)
+    rows_of_panels = ceil((len(names) + 1) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.8 * rows_of_panels), layout="constrained")
+    panels = list(figure.subplots(rows_of_panels, columns, squeeze=False).flat)
+    for axes, name in zip(panels, names, strict=False):
+        panel(axes, [entry for entry in entries if entry["model"] == name])
+        axes.set_title(name, fontsize=11)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    handles = [Line2D([], [], color=colour, label=method, **LOOKS[True]) for method, colour in METHODS.items()]
+    handles.append(Line2D([], [], color="#333333", label="open: not fine-tuned", **LOOKS[False]))
+    panels[len(names)].legend(handles=handles, loc="center left", frameon=False, fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
+LOOKS: dict[bool, dict[str, Any]] = {
+    tuned: {"marker": "o", "markersize": 6, "linestyle": ":", "linewidth": 1} for tuned in (True, False)
+}
+LOOKS[False]["markerfacecolor"] = "white"
+"""How points that are fine-tuned, and those that are not, are drawn."""
+
+
+def panel(axes: Axes, entries: Sequence[Entry]) -> None:
+    """One network; what is more than `SHOWN` points below the best is named at the lower edge."""
+    every = {method: points(entries, method) for method in METHODS}
+    shown = [point.accuracy for own in every.values() for point in own]
+    low = max(min(shown), max(shown) - SHOWN)
+    for (method, own), tuned in product(every.items(), LOOKS):
+        alike = [point for point in own if (point.tuned or method in ("dense", "sibling")) == tuned]
+        inside = [(point.speedup, point.accuracy) for point in alike if point.accuracy >= low]
+        axes.plot(*np.reshape(inside, (-1, 2)).T, color=METHODS[method], **LOOKS[tuned])
+        for point in alike:
+            if point.accuracy < low:
+                axes.plot(point.speedup, low, marker="v", color=METHODS[method])
+                axes.annotate(
+                    f"{point.accuracy:.0f} %", (point.speedup, low), (6, -3), textcoords="offset points", fontsize=8
+                )
+    axes.set(xlabel="measured speed-up", ylabel="test top-1, %", ylim=(low - 0.5, max(shown) + 0.5))
+    axes.set_xlim(left=0.8)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

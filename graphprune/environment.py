@@ -24,19 +24,24 @@ BOUND = 10.0
 Observation = dict[str, NDArray[Any]]
 
 
-def reward(problem: Problem, record: Record, choices: tuple[int, ...], band: float = BAND) -> float:
-    """Accuracy inside a band around the budget (5 %), minus what the budget is overrun by; -1 for a plan that failed.
-
-    The overrun is the predicted one or, where it is larger, the measured one. AutoSculpt also withholds the accuracy
-    of plans more than 5 % *below* the budget; here being faster than asked is no fault.
-    """
-    if record.accuracy is None or record.error is not None:
-        return FAILURE
+def excess(problem: Problem, record: Record, choices: tuple[int, ...]) -> float:
+    """By how much of its limit a plan overruns the target, by prediction or, where that is more, as measured; or 0."""
     overrun = problem.overrun(choices)
     if record.measured is not None and "latency" in problem.limits:
         overrun = max(overrun, record.measured.value / problem.limits["latency"])
-    accuracy = record.accuracy if overrun <= 1 + band else 0.0
-    return max(FAILURE, accuracy - max(0.0, overrun - 1))
+    return max(0.0, overrun - 1)
+
+
+def reward(problem: Problem, record: Record, choices: tuple[int, ...]) -> float:
+    """Accuracy inside a band around the budget (5 %), minus what the budget is overrun by; -1 for a plan that failed.
+
+    AutoSculpt also withholds the accuracy of plans more than 5 % *below* the budget; here being faster than asked is no
+    fault.
+    """
+    if record.accuracy is None or record.error is not None:
+        return FAILURE
+    over = excess(problem, record, choices)
+    return max(FAILURE, (record.accuracy if over <= BAND else 0.0) - over)
 
 
 class Prices:

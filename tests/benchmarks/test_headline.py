@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from headline_rows import Candidate, Row, folder_of, rows, store, write_facts
-from headline_table import grouped, line, points
+from headline_table import Point, grouped, line, points
 from torch import nn
 
 import graphprune as gp
@@ -91,7 +91,7 @@ def test_the_short_tuning_chooses_among_candidates(tmp_path: Path):
     assert rows(tmp_path, ["resnet8"], ["dp"], [2.0]) == rows(tmp_path, ["resnet8"], ["torch-pruning"], [3.0]) == []
 
 
-def entry(seed: int, test: float, latency: float = 0.5, **more: object) -> dict[str, object]:
+def entry(seed: int | None, test: float, latency: float = 0.5, **more: object) -> dict[str, object]:
     share = asdict(Share(latency, latency - 0.01, latency + 0.01, (), (), "engine"))
     known = {"model": "resnet8", "method": "dp", "speedup": 2.0, "block": "distilled", "variant": "", "seed": seed}
     return known | {"test": test, "share": share, "flops": 10**7, "params": 10**5} | more
@@ -102,5 +102,11 @@ def test_lines_of_the_table_are_means_over_seeds():
     groups = grouped(entries)
     assert [len(group) for group in groups.values()] == [2, 1, 1]
     assert "91.00% (90.00 to 92.00, 2 seeds)" in line(next(iter(groups.values())))
-    assert points(entries, "dp") == [(0.3, 91.0), (0.5, 91.0)]
     assert points(entries, "dense") == []
+
+
+def test_a_picture_shows_what_was_tuned_where_that_is_there():
+    slow = [entry(0, 0.9), entry(1, 0.92), entry(None, 0.7, block="untuned"), entry(0, 0.8, block="labels")]
+    fast = [entry(None, 0.6, 0.25, speedup=3.0, block="untuned"), entry(None, 0.5, speedup=1.5, block="untuned")]
+    fast[1]["share"] = None
+    assert points(fast + slow, "dp") == [Point(2.0, pytest.approx(91.0), True), Point(4.0, pytest.approx(60.0), False)]
