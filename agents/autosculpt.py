@@ -138,7 +138,7 @@ class Search:
     def __init__(self, problem: Problem, rng: np.random.Generator, weights: Weights | None, sight: Sight = ALL) -> None:
         self.problem = problem
         self.rng = rng
-        self.belief = Belief(problem, slope=1.0)  # as `merit` is a logarithm, too
+        self.belief = Belief(problem)
         self.observer = Observer(replace(problem, error=self.belief.error))
         self.rewards: dict[Choices, float] = {}
         self.per_round = max(4, problem.trials // ROUNDS)

@@ -1,10 +1,9 @@
 """What an agent believes of plans it has not evaluated: the error table, corrected by the records it has seen.
 
 A Gaussian process (Rasmussen and Williams, 2006, algorithm 2.1) over choice vectors. Its mean is a line over the
-logarithm of the sum of the layers' errors; its kernel sums a constant, since few records do not fix the line's offset,
-how many sites agree, and a linear kernel over each layer's share of that sum: what a layer's errors turn out to weigh
-changes the logarithm by its share of it. The records choose the length scale, the spread of those weights and the noise
-by the marginal likelihood. `benchmarks/believing.py` compares how well it foresees the next plans of finished searches.
+logarithm of the sum of the layers' errors; its kernel sums how many sites agree and a linear kernel over each layer's
+share of that sum: what a layer's errors turn out to weigh changes the logarithm by its share of it. The records choose
+the length scale, the spread of those weights and the noise by the marginal likelihood.
 """
 
 from copy import copy
@@ -18,7 +17,7 @@ from graphprune.problem import Factor, Floats, Problem, Sum
 
 LENGTHS = (0.05, 0.15, 0.4)
 """Candidate length scales of the agreement kernel, as shares of the sites."""
-SPREADS = (1.0, 2.0, 4.0, 8.0)
+SPREADS = (0.5, 1.0, 2.0)
 """Candidate standard deviations of what a layer's share is worth, in units of what the line leaves unexplained."""
 NOISES = (1e-3, 3e-2, 0.3)
 """Candidate noise variances, as shares of what the line leaves unexplained."""
@@ -45,9 +44,9 @@ Setting = tuple[float, float, float]
 
 
 def _kernel(likeness: tuple[Floats, Floats], setting: Setting) -> Floats:
-    """1 + exp(-share of differing sites / length) + the inner product of the shares times the spread: [N, M]."""
+    """exp(-share of differing sites / length) plus the inner product of the shares times the spread: [N, M]."""
     differing, shared = likeness
-    kernel: Floats = 1 + np.exp(-differing / setting[0]) + setting[1] ** 2 * shared
+    kernel: Floats = np.exp(-differing / setting[0]) + setting[1] ** 2 * shared
     return kernel
 
 
@@ -66,15 +65,10 @@ class Fit:
 
 
 class Belief:
-    """Predicts rewards of choice vectors; before the first records, by the logarithm of the sum of errors alone.
+    """Predicts rewards of choice vectors; before the first records, by the logarithm of the sum of errors alone."""
 
-    `slope` is what rewards gain where the sum falls by a factor of e, if that is known: 1 for rewards that are such a
-    logarithm themselves. None fits it to the records.
-    """
-
-    def __init__(self, problem: Problem, power: float = POWER, slope: float | None = None) -> None:
+    def __init__(self, problem: Problem, power: float = POWER) -> None:
         self.error = powered(problem.error, power)
-        self._slope = slope
         self._unit = max(self.error(problem.cheapest), 1e-9)
         self._choices = np.zeros((0, len(problem.decisions)), dtype=np.int64)
         self._rewards = np.zeros(0)
@@ -112,7 +106,7 @@ class Belief:
         mean = fit.line[0] + fit.line[1] * self._prior(choices)
         cross = _kernel(self._likeness(choices, self._choices), fit.setting)
         explained = (cross * cho_solve((fit.factor, True), cross.T).T).sum(axis=1)
-        own = 2 + np.square(fit.setting[1] * self._shares(choices)).sum(axis=1)
+        own = 1 + np.square(fit.setting[1] * self._shares(choices)).sum(axis=1)
         return mean + fit.scale * (cross @ fit.weights), fit.scale * np.sqrt(np.maximum(own - explained, 0))
 
     def errors(self, noise: Floats) -> Sum:
@@ -152,10 +146,8 @@ class Belief:
     def _line(self) -> tuple[tuple[float, float], float]:
         """Offset and slope of the rewards over the logarithm, and the standard deviation of what is left."""
         prior = self._prior(self._choices)
-        slope = self._slope
-        if slope is None:
-            fitted = float(np.cov(prior, self._rewards)[0, 1] / max(prior.var(ddof=1), 1e-9))
-            slope = max(fitted, 0.0)  # a table that misleads says nothing
+        slope = float(np.cov(prior, self._rewards)[0, 1] / max(prior.var(ddof=1), 1e-9))
+        slope = max(slope, 0.0)  # a table that misleads says nothing
         offset = float(self._rewards.mean() - slope * prior.mean())
         left = self._rewards - offset - slope * prior
         return (offset, slope), max(float(left.std()), 1e-3 * float(self._rewards.std()))

@@ -20,13 +20,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common import prepared, result_file, trained_parser
+from common import prepared, raw, result_file, trained_parser
 
 from graphprune.agents import create
 from graphprune.machine import environment
 from graphprune.search import Session
 
-LATENCIES = (0.7, 0.6, 0.5, 0.4)
+LATENCIES = (0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 Line = dict[str, Any]
 
 
@@ -48,9 +48,8 @@ def first_plan(session: Session, agent: str, latency: float) -> Line:
     return {
         "agent": agent, "latency": latency, "accuracy": record.accuracy, "predicted": record.predicted["latency"],
         "measured": [measured.value, measured.low, measured.high],
-        "samples": {"dense": measured.dense, "candidate": measured.candidate},
-        "plan": json.loads(record.plan.to_json()), "dense": session.dense.accuracy,
-        "seconds": time.perf_counter() - start,
+        **raw(measured), "plan": json.loads(record.plan.to_json()), "dense": session.dense.accuracy,
+        "taken": time.perf_counter() - start,
     }  # fmt: skip
 
 
@@ -78,7 +77,7 @@ def main() -> None:
             low, high = line["measured"][1:]
             print(
                 f"{model} {agent:10} {line['accuracy']:.1%} at {line['predicted']:.3f} predicted, "
-                f"{low:.3f} to {high:.3f} measured, {line['seconds']:.0f} s", flush=True,
+                f"{low:.3f} to {high:.3f} measured, {line['taken']:.0f} s", flush=True,
             )  # fmt: skip
         path.write_text(json.dumps({"plans": lines, "environment": environment()}) + "\n")
     print(table(lines))

@@ -32,17 +32,16 @@ def shares(plans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return powered / (sums[:, None] + FLOOR * unit), -np.log(sums / unit + FLOOR)
 
 
-@pytest.mark.parametrize("known", [None, 1.0])
 @pytest.mark.parametrize("worth", [0.0, 3.0])
-def test_posterior_is_the_textbook_formula(worth: float, known: float | None) -> None:
-    belief, seen, others = Belief(MADE, slope=known), PLANS[SEEN], PLANS[:50]
+def test_posterior_is_the_textbook_formula(worth: float) -> None:
+    belief, seen, others = Belief(MADE), PLANS[SEEN], PLANS[:50]
     (own, sums), (other, others_sums) = shares(seen), shares(others)
     rewards = ACCURACY[SEEN] + worth * own[:, 0]
     belief.learn(seen[:30], rewards[:30])
     belief.learn(seen[30:], rewards[30:])
     mean, deviation = belief.predict(others)
     slope, offset = np.polyfit(sums, rewards, 1)
-    slope = max(slope, 0.0) if known is None else known
+    slope = max(slope, 0.0)
     rest = rewards - slope * sums
     offset, rest = rest.mean(), rest - rest.mean()
 
@@ -50,7 +49,7 @@ def test_posterior_is_the_textbook_formula(worth: float, known: float | None) ->
     differing, alike = (every[:, None] != every[None]).mean(axis=2), every_share @ every_share.T
     answers = []
     for length, spread, noise in product(LENGTHS, SPREADS, NOISES):
-        kernel = rest.var() * (1 + np.exp(-differing / length) + spread**2 * alike)
+        kernel = rest.var() * (np.exp(-differing / length) + spread**2 * alike)
         matrix = kernel[:60, :60] + rest.var() * noise * np.eye(60)
         evidence = -0.5 * rest @ np.linalg.solve(matrix, rest) - 0.5 * np.linalg.slogdet(matrix)[1]
         cross = kernel[60:, :60] @ np.linalg.inv(matrix)
