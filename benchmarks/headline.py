@@ -21,12 +21,21 @@ entry. Latency: one thread, batch 1, in fresh processes, interleaved with the de
 """
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 
 import zoo
 
 METHODS = ("dense", "torch-pruning", "dp", "autosculpt", "sibling", "int8")
 BLOCKS = ("distilled", "labels")
+STAGES = {
+    "plan": ("headline_plan", "plan"),
+    "tune": ("headline_tune", "tune"),
+    "table": ("headline_table", "table"),
+    "check": ("headline_table", "check"),
+    "draw": ("headline_table", "picture"),
+}
+"""Stage -> the module that is imported for it, and its function."""
 MODELS = "resnet56,vit,mobilenetv2,resnet20,vgg16_bn"
 
 
@@ -37,7 +46,7 @@ def _list(text: str) -> list[str]:
 def arguments() -> argparse.Namespace:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("stage", choices=("plan", "tune", "table", "check", "draw"))
+    made.add_argument("stage", choices=STAGES)
     made.add_argument("--data", help="folder with CIFAR-10")
     made.add_argument("--results", type=Path, nargs="+", default=[], help="files that `draw` shows, one for a network")
     made.add_argument("--weights", type=Path, action="append", default=[], help="folder with trained networks")
@@ -61,8 +70,9 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--work", type=Path, default=Path("headline_work"), help="folder for what the stages share")
     made.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     options = made.parse_args()
-    if not (options.results if options.stage == "draw" else options.data):
-        made.error(f"{options.stage} needs {'--results' if options.stage == 'draw' else '--data'}")
+    needed = "results" if options.stage == "draw" else "data"
+    if not getattr(options, needed):
+        made.error(f"{options.stage} needs --{needed}")
     _refuse(options.models, zoo.NETWORKS, "model")
     _refuse(options.methods, METHODS, "method")
     _refuse(options.blocks, BLOCKS, "block")
@@ -80,17 +90,8 @@ def _refuse(names: list[str], known: object, kind: str) -> None:
 def main() -> None:
     """One stage. What only another one needs is not imported."""
     options = arguments()
-    if options.stage == "plan":
-        from headline_plan import plan as stage
-    elif options.stage == "tune":
-        from headline_tune import tune as stage
-    elif options.stage == "table":
-        from headline_table import table as stage
-    elif options.stage == "check":
-        from headline_table import check as stage
-    else:
-        from headline_table import picture as stage
-    stage(options)
+    module, function = STAGES[options.stage]
+    getattr(import_module(module), function)(options)
 
 
 if __name__ == "__main__":

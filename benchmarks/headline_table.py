@@ -323,10 +323,8 @@ def draw(entries: Sequence[Entry], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-LOOKS: dict[bool, dict[str, Any]] = {
-    tuned: {"marker": "o", "markersize": 6, "linestyle": ":", "linewidth": 1} for tuned in (True, False)
-}
-LOOKS[False]["markerfacecolor"] = "white"
+LOOK: dict[str, Any] = {"marker": "o", "markersize": 6, "linestyle": ":", "linewidth": 1}
+LOOKS = {True: LOOK, False: LOOK | {"markerfacecolor": "white"}}
 """How points that are fine-tuned, and those that are not, are drawn."""
 
 

@@ -102,6 +102,8 @@ def test_lines_of_the_table_are_means_over_seeds():
     groups = grouped(entries)
     assert [len(group) for group in groups.values()] == [2, 1, 1]
     assert "91.00% (90.00 to 92.00, 2 seeds)" in line(next(iter(groups.values())))
+    slow, fast = (Point(pytest.approx(1 / latency), pytest.approx(91.0), True) for latency in (0.5, 0.3))
+    assert points(entries, "dp") == [slow, fast]
     assert points(entries, "dense") == []
 
 
