@@ -22,9 +22,9 @@ from graphprune.agents.history import PROBATION, others, practise, replay, worse
 from graphprune.agents.policies import Learner, adopt
 from graphprune.agents.ratios import RatioEpisodes, Vectors, walk
 from graphprune.agents.wall import only_plan
-from graphprune.environment import reward
-from graphprune.past import History, read_past
-from graphprune.problem import Choices, Floats, Problem
+from graphprune.searching.environment import reward
+from graphprune.searching.past import History, read_past
+from graphprune.searching.problem import Choices, Floats, Problem
 
 DRAWS = 16
 """Plans that the policy draws for one trial."""

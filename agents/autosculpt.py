@@ -30,9 +30,9 @@ from graphprune.agents.encoder import ALL, PairPolicy, Sight
 from graphprune.agents.episodes import Episodes
 from graphprune.agents.policies import Learner, Weights, adopt, read_policy, reproducible, weights_of
 from graphprune.agents.wall import only_plan
-from graphprune.environment import FAILURE, Observer, excess
-from graphprune.problem import ROUNDING, Choices, Problem, Sum
 from graphprune.record import Record
+from graphprune.searching.environment import FAILURE, Observer, excess
+from graphprune.searching.problem import ROUNDING, Choices, Problem, Sum
 
 EPISODES = 64
 """Episodes per PPO update."""

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import numpy as np
 
-from graphprune.problem import Problem
+from graphprune.searching.problem import Problem
 
 
 class Agent(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 
-from graphprune.problem import Factor, Floats, Problem, Sum
+from graphprune.searching.problem import Factor, Floats, Problem, Sum
 
 LENGTHS = (0.05, 0.15, 0.4)
 """Candidate length scales of the agreement kernel, as shares of the sites."""

@@ -35,10 +35,10 @@ from graphprune.agents.clusters import Dendrogram, Labels
 from graphprune.agents.fronts import Fronts
 from graphprune.agents.policies import reproducible
 from graphprune.agents.wall import only_plan
-from graphprune.environment import reward
 from graphprune.errors import StepError
-from graphprune.problem import Choices, Floats, Problem
-from graphprune.storage import one_line
+from graphprune.searching.environment import reward
+from graphprune.searching.problem import Choices, Floats, Problem
+from graphprune.searching.storage import one_line
 
 POINTS = 10
 """Sobol points before the first proposal; with few trials a quarter of them."""

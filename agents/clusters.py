@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.neighbors import KernelDensity
 
-from graphprune.problem import Decision, Floats
+from graphprune.searching.problem import Decision, Floats
 
 GRID = np.linspace(-15.0, 15.0, 1000)
 """Where densities are compared, in standard deviations of all sites together."""

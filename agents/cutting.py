@@ -11,8 +11,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from graphprune.agents.lockstep import LockStep
-from graphprune.environment import NEVER
-from graphprune.problem import ROUNDING, Floats, Problem, Sum
+from graphprune.searching.environment import NEVER
+from graphprune.searching.problem import ROUNDING, Floats, Problem, Sum
 
 SAMPLE = 64
 """Cuts that one observation offers (SparRL's |H|)."""

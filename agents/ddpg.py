@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from graphprune.agents.bounded import BoundedPolicy
 from graphprune.agents.policies import Weights, reproducible, weights_of
 from graphprune.agents.ratios import Embeddings, RatioEpisodes
-from graphprune.problem import Floats
+from graphprune.searching.problem import Floats
 
 BATCH = 128
 RATES = (1e-3, 3e-3)

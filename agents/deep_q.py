@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graphprune.agents.cutting import CUT_FEATURES, SITUATION_FEATURES, Cuts, Cutting, Situations
 from graphprune.agents.encoder import PATTERN_FEATURES, WIDTH, GraphEncoder, pattern_table, typed_edges
 from graphprune.agents.replay import PrioritisedReplay
-from graphprune.problem import Floats
+from graphprune.searching.problem import Floats
 
 MEMORY = 8192
 """Transitions that are kept."""

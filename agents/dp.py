@@ -9,7 +9,7 @@ stream, a branch that goes with all that is inside it) is solved with them, by `
 import numpy as np
 
 from graphprune.agents.frontier import Programme, weighted
-from graphprune.problem import Choices, Floats, Problem
+from graphprune.searching.problem import Choices, Floats, Problem
 
 SCALES = (1.0, 0.97, 0.94)
 EXPONENTS = (1.0, 0.5, 0.75, 1.5, 2.0)

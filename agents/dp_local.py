@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from graphprune.agents.dp import EXPONENTS, SCALES, Solver
 from graphprune.agents.wall import passes
-from graphprune.problem import ROUNDING, Choices, Floats, Problem
+from graphprune.searching.problem import ROUNDING, Choices, Floats, Problem
 
 PART = 0.5
 """Most of the trials, as a share, that go to the dynamic programme's own solutions (at most one per setting of it)."""

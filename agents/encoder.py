@@ -18,9 +18,9 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graphprune.environment import OPTION_FEATURES, STATE_FEATURES
-from graphprune.problem import GraphView, Option, Problem
-from graphprune.views import CURVE, VIEW_FEATURES
+from graphprune.searching.environment import OPTION_FEATURES, STATE_FEATURES
+from graphprune.searching.problem import GraphView, Option, Problem
+from graphprune.searching.views import CURVE, VIEW_FEATURES
 
 with warnings.catch_warnings():  # torch-geometric scripts a class while it is imported, which torch 2.15 deprecates
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=Warning)

@@ -8,14 +8,14 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from graphprune.agents.lockstep import LockStep
-from graphprune.environment import Observation, Observer
+from graphprune.searching.environment import Observation, Observer
 
 Judge = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 """Rewards [N] of finished choice vectors [N, sites]."""
 
 
 class Episodes(LockStep):
-    """The vectorised form of `graphprune.environment.PruningEnv`: same observations, masks and episode ends.
+    """The vectorised form of `graphprune.searching.environment.PruningEnv`: same observations, masks and episode ends.
 
     What a finished plan is worth is left to `judge`, so that most episodes can be imagined and few are evaluated.
     """

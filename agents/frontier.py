@@ -13,7 +13,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from graphprune.problem import Factor, Floats, Sum
+from graphprune.searching.problem import Factor, Floats, Sum
 
 BINS = 500
 """Steps into which the budget is divided. Costs are rounded at random, since alike layers would all go the same way."""

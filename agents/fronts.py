@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from graphprune.problem import Choices, Floats, Problem
+from graphprune.searching.problem import Choices, Floats, Problem
 
 
 def front(costs: Floats, errors: Floats) -> NDArray[np.int64]:

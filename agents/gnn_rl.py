@@ -36,10 +36,10 @@ from graphprune.agents.fronts import Fronts
 from graphprune.agents.motifs import STATE_FEATURES, RatioPolicy
 from graphprune.agents.policies import Learner, Weights, adopt, reproducible, weights_of
 from graphprune.agents.wall import only_plan
-from graphprune.environment import BOUND, Observation
-from graphprune.problem import ROUNDING, Choices, Floats, Problem
 from graphprune.randomness import seeded
 from graphprune.record import Record
+from graphprune.searching.environment import BOUND, Observation
+from graphprune.searching.problem import ROUNDING, Choices, Floats, Problem
 
 STEPS = 5
 """Most steps of an episode."""

@@ -29,10 +29,10 @@ from graphprune.agents.belief import Belief
 from graphprune.agents.ddpg import Episode, RatioPolicy
 from graphprune.agents.ratios import RatioEpisodes, Vectors, Walks, retrace, walk
 from graphprune.agents.wall import passes
-from graphprune.environment import reward
 from graphprune.errors import InputError
-from graphprune.past import Past
-from graphprune.problem import Floats, Problem
+from graphprune.searching.environment import reward
+from graphprune.searching.past import Past
+from graphprune.searching.problem import Floats, Problem
 
 REPLAYS = 400
 """Gradient steps on retraced plans."""

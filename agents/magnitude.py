@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from graphprune.problem import Choices, Problem
+from graphprune.searching.problem import Choices, Problem
 
 
 def steps(problem: Problem, choices: Choices) -> list[tuple[float, Choices]]:

@@ -21,7 +21,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
 from graphprune.agents.encoder import EDGE_TYPES, Split, typed_edges
-from graphprune.problem import Decision, Floats, Problem
+from graphprune.searching.problem import Decision, Floats, Problem
 
 with warnings.catch_warnings():  # torch-geometric scripts a class while it is imported, which torch 2.15 deprecates
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=Warning)

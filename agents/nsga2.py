@@ -9,8 +9,8 @@ import numpy as np
 from optuna.samplers import NSGAIISampler
 
 from graphprune.agents.proposals import Objective, search
-from graphprune.environment import reward
-from graphprune.problem import Problem
+from graphprune.searching.environment import reward
+from graphprune.searching.problem import Problem
 
 GENERATIONS = 20
 """How many generations the trials last for. They are few: a population of the usual size would hardly evolve."""

@@ -19,9 +19,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from graphprune.agents.wall import OPEN, repaired
 from graphprune.errors import StepError
-from graphprune.problem import Choices, Problem
 from graphprune.record import Record
-from graphprune.storage import one_line
+from graphprune.searching.problem import Choices, Problem
+from graphprune.searching.storage import one_line
 
 ATTEMPTS = 100
 """How often a plan that was evaluated before is varied, by ever more sites, before the search counts as exhausted."""

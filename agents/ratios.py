@@ -18,8 +18,8 @@ from stable_baselines3.common.vec_env import VecEnvWrapper
 from graphprune.agents.encoder import pattern_features
 from graphprune.agents.episodes import Episodes, Judge
 from graphprune.agents.fronts import Fronts
-from graphprune.environment import BOUND, OPTION_FEATURES, STATE_FEATURES, Observation, Observer
-from graphprune.problem import Floats, Problem
+from graphprune.searching.environment import BOUND, OPTION_FEATURES, STATE_FEATURES, Observation, Observer
+from graphprune.searching.problem import Floats, Problem
 
 POINTS = (0.25, 0.5, 0.75, 1.0)
 """The ratios at which a site's options are described."""

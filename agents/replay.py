@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictReplayBuffer
 from torch import Tensor
 
-from graphprune.problem import Floats
+from graphprune.searching.problem import Floats
 
 ALPHA = 0.6
 """How much priorities count: 0 draws uniformly. The paper's value for the proportional variant."""

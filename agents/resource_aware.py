@@ -33,8 +33,8 @@ from graphprune.agents.encoder import WIDTH, GraphEncoder, Split, typed_edges
 from graphprune.agents.policies import Learner, Weights, adopt, reproducible, weights_of
 from graphprune.agents.units import Bits, Units, Vectors, merged
 from graphprune.agents.wall import only_plan
-from graphprune.problem import Choices, Floats, Problem
 from graphprune.record import Record
+from graphprune.searching.problem import Choices, Floats, Problem
 
 EPISODES = 32
 """What the policy asks for in a round: episodes of one step each."""

@@ -26,9 +26,9 @@ from graphprune.agents.cutting import Cuts, Cutting, Observer, Vectors
 from graphprune.agents.deep_q import learner, score
 from graphprune.agents.policies import Learner, Weights, adopt, reproducible, weights_of
 from graphprune.agents.wall import only_plan, passes
-from graphprune.environment import reward
 from graphprune.errors import InputError
-from graphprune.problem import ROUNDING, Choices, Floats, Problem
+from graphprune.searching.environment import reward
+from graphprune.searching.problem import ROUNDING, Choices, Floats, Problem
 
 EPISODES = 16
 """Episodes that are played side by side."""

@@ -8,8 +8,8 @@ import numpy as np
 from optuna.samplers import TPESampler
 
 from graphprune.agents.proposals import search
-from graphprune.environment import reward
-from graphprune.problem import Problem
+from graphprune.searching.environment import reward
+from graphprune.searching.problem import Problem
 
 
 class TPE:

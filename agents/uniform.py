@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 
-from graphprune.problem import Choices, Decision, Option, Problem
+from graphprune.searching.problem import Choices, Decision, Option, Problem
 
 Setting = tuple[float, ...] | float
 """A kernel's geometry, or the kept share of channels, heads or hidden units."""

@@ -17,8 +17,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from graphprune.problem import Decision, Floats, GraphView, Problem
-from graphprune.views import COUPLING
+from graphprune.searching.problem import Decision, Floats, GraphView, Problem
+from graphprune.searching.views import COUPLING
 
 BLOCKS = 8
 """Most units of a site. More would cost time and explore less: the mean of many coins is always near a half."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from graphprune.problem import Choices, Problem
+from graphprune.searching.problem import Choices, Problem
 
 OPEN = -1
 """Stands in a wanted vector for a site where nothing is wanted."""

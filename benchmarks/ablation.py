@@ -28,19 +28,19 @@ from equal_latency import Dense, Finder, Row, Rows, with_new_norms
 from torch import nn
 
 from graphprune.agents.dp import EXPONENTS, Solver
-from graphprune.calibration import Statistics
-from graphprune.candidates import Candidates
 from graphprune.counting import count
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import StepError
-from graphprune.evaluation import Workbench
 from graphprune.machine import environment
-from graphprune.problem import Choices
-from graphprune.profile import Profile
 from graphprune.record import Share
 from graphprune.registry import chosen_patterns, patterns
-from graphprune.repair import FINE, make_reference
-from graphprune.sensitivity import calibrated
+from graphprune.repairing.calibration import Statistics
+from graphprune.repairing.repair import FINE, make_reference
+from graphprune.repairing.sensitivity import calibrated
+from graphprune.searching.candidates import Candidates
+from graphprune.searching.evaluation import Workbench
+from graphprune.searching.problem import Choices
+from graphprune.timing.profile import Profile
 
 matplotlib.use("Agg")
 

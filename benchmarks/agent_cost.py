@@ -33,7 +33,7 @@ from graphprune.agents.base import Agent
 from graphprune.agents.belief import Belief
 from graphprune.engines.fake import FakeEngine
 from graphprune.machine import environment
-from graphprune.problem import Floats, Problem
+from graphprune.searching.problem import Floats, Problem
 
 LATENCY = 0.5
 AIM = 0.2

@@ -24,14 +24,14 @@ from common import RESULTS, Spent, in_own_process, result_stem, spent
 
 import graphprune as gp
 from graphprune import models
-from graphprune.calibration import calibrate
-from graphprune.candidates import Candidates
 from graphprune.engines.fake import FakeEngine
 from graphprune.machine import environment
-from graphprune.profile import Profile
 from graphprune.randomness import seeded
 from graphprune.registry import chosen_patterns
-from graphprune.sensitivity import sensitivities
+from graphprune.repairing.calibration import calibrate
+from graphprune.repairing.sensitivity import sensitivities
+from graphprune.searching.candidates import Candidates
+from graphprune.timing.profile import Profile
 
 MODELS = {
     "vit_base": "timm:vit_base_patch16_224",

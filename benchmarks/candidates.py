@@ -25,10 +25,10 @@ import graphprune as gp
 from graphprune.agents.random_search import random_walk
 from graphprune.engines.fake import FakeEngine
 from graphprune.machine import environment
-from graphprune.problem import Choices
-from graphprune.repair import repair
-from graphprune.search import Session
-from graphprune.sequential import Bar
+from graphprune.repairing.repair import repair
+from graphprune.searching.problem import Choices
+from graphprune.searching.search import Session
+from graphprune.tasks.sequential import Bar
 
 LATENCY = 0.5
 BEST = 10

@@ -25,21 +25,21 @@ from torch import nn
 
 import graphprune as gp
 from graphprune import models
-from graphprune.candidates import Candidates
-from graphprune.cuts import Cuts
+from graphprune.coupling.graph import ModelGraph
+from graphprune.cutting.cuts import Cuts
 from graphprune.engines import ENGINES
 from graphprune.engines.base import Engine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import StepError
-from graphprune.evaluation import Workbench
-from graphprune.export import onnx_bytes
-from graphprune.graph import ModelGraph
 from graphprune.machine import environment
-from graphprune.problem import Choices, GraphView, Problem
+from graphprune.onnx_files.export import onnx_bytes
 from graphprune.randomness import seeded
 from graphprune.record import Record, Share
 from graphprune.registry import chosen_patterns
-from graphprune.search import Session, latency_cost
+from graphprune.searching.candidates import Candidates
+from graphprune.searching.evaluation import Workbench
+from graphprune.searching.problem import Choices, GraphView, Problem
+from graphprune.searching.search import Session, latency_cost
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = {

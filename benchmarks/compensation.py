@@ -23,13 +23,13 @@ from common import RESULTS, result_file
 from equal_latency import Dense, Row, Rows
 from torch import Tensor, fx, nn
 
-from graphprune.cuts import Cuts
-from graphprune.exported import cut_program, plain_module
-from graphprune.graph import Layer
+from graphprune.coupling.graph import Layer
+from graphprune.cutting.cuts import Cuts
+from graphprune.cutting.exported import cut_program, plain_module
 from graphprune.machine import environment
-from graphprune.repair import FINE, PULL, QUICK, Effort, Reference, Solver, make_reference
-from graphprune.sensitivity import calibrated
-from graphprune.task import Task
+from graphprune.repairing.repair import FINE, PULL, QUICK, Effort, Reference, Solver, make_reference
+from graphprune.repairing.sensitivity import calibrated
+from graphprune.tasks.task import Task
 
 matplotlib.use("Agg")
 

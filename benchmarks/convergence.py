@@ -5,9 +5,11 @@
 DATA is torchvision's CIFAR-10 folder or a folder of WebP sheets, WEIGHTS a folder with cifar10_<model>.safetensors;
 those that `train.py` has written are found by themselves. The target is half of the dense latency. All agents of a
 model share one study, so the same tables and the same latency correction, and a plan that two of them find is judged
-once; tables and correction are made once for a run. What counts is the validation accuracy of the best plan so far that
-meets the target (by prediction and, where it was measured, by measurement); the last column is the latency of the plan
-that each search returned, measured in a process of its own. No test set is read, nothing is fine-tuned.
+once; tables and correction are made once for a run. What is predicted differs from hour to hour by some per cent, and
+how good plans can be with it, by points: only searches on the same `tables` (a short hash) compare. What counts is the
+validation accuracy of the best plan so far that meets the target (by prediction and, where it was measured, by
+measurement); the last column is the latency of the plan that each search returned, measured in a process of its own. No
+test set is read, nothing is fine-tuned.
 
 `autosculpt:scratch` starts without the pretrained policy; so do its ablations, each without one thing that it sees:
 `autosculpt:random-nodes`, `autosculpt:no-patterns`, `autosculpt:no-gnn`, `autosculpt:no-errors`. `amc:transfer`,
@@ -16,16 +18,17 @@ with all: they have read the study of an earlier run of `amc` on the other model
 missing. A second table says after how many trials their mean reaches what `amc` ends with, and how many times sooner
 that is than `amc` itself.
 
-Resumable: a finished search is a line in WORK/convergence.jsonl, or in the results of an earlier run on a machine with
-the same processor; a killed one goes on from its study. Several runs may share WORK: a search that another one is at is
-left to it. Writes all that is there, every trial, to `results/convergence-<engine>-1t-<processor>.json`, and draws the
-searches with the given number of trials: `...-<trials>trials.png`.
+Resumable: a finished search is a line in WORK/convergence.jsonl; a killed one goes on from its study. Several runs may
+share WORK: a search that another one is at is left to it. Writes all that is there, every trial, and what was there of
+earlier runs, to `results/convergence-<engine>-1t-<processor>.json`, and draws the searches of this run with the given
+number of trials: `...-<trials>trials.png`.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -45,9 +48,9 @@ from graphprune.agents.autosculpt import AutoSculpt
 from graphprune.agents.base import Agent
 from graphprune.agents.encoder import Sight
 from graphprune.machine import environment
-from graphprune.past import History
 from graphprune.record import Record
-from graphprune.search import Session
+from graphprune.searching.past import PROBLEM, History
+from graphprune.searching.search import Session
 
 LATENCY = 0.5
 MARKS = (10, 25, 50, 100, 200)
@@ -125,13 +128,26 @@ def search(session: Session, model: str, agent: str, seed: int, options: argpars
     measured = found.record.measured
     assert measured is not None
     return {
-        "model": model, "agent": agent, "seed": seed, "trials": options.trials, "images": options.images,
+        "model": model, "tables": tables(session), "agent": agent, "seed": seed, "trials": options.trials,
+        "images": options.images,
         "accuracy": [counted(record) for record in found.records],
         "returned": found.record.accuracy, "met": found.met,
         "latency": [measured.value, measured.low, measured.high],
         "plan": json.loads(found.plan.to_json()),
         "seconds": time.perf_counter() - start, "seconds_in_trials": sum(record.seconds for record in found.records),
     }  # fmt: skip
+
+
+def tables(session: Session) -> str:
+    """Names the tables on which a search was made."""
+    packed = session.study.attachment(PROBLEM)
+    assert packed is not None
+    return sha256(packed).hexdigest()[:8]
+
+
+def case(line: Line) -> tuple[str, str]:
+    """Model and tables: what searches must have in common to compare."""
+    return line["model"], line.get("tables", "earlier")
 
 
 def counted(record: Record) -> float | None:
@@ -152,23 +168,25 @@ def table(lines: Sequence[Line]) -> str:
     """What is printed at the end: mean over seeds (and the range)."""
     trials = lines[0]["trials"]
     marks = [mark for mark in MARKS if mark <= trials]
-    text = [f"{'model':10} {'agent':24}" + "".join(f"{f'after {mark}':>22}" for mark in marks) + "   returned at"]
-    for model, agent in dict.fromkeys((line["model"], line["agent"]) for line in lines):
-        own = [line for line in lines if (line["model"], line["agent"]) == (model, agent)]
+    head = f"{'model':10} {'tables':8} {'agent':24}"
+    text = [head + "".join(f"{f'after {mark}':>22}" for mark in marks) + "   returned at"]
+    for (model, shared), agent in dict.fromkeys((case(line), line["agent"]) for line in lines):
+        own = [line for line in lines if (case(line), line["agent"]) == ((model, shared), agent)]
         cells = [spread([curve(line)[mark - 1] for line in own]) for mark in marks]
         shares = ", ".join(f"{line['latency'][0]:.3f}" for line in own)
-        text.append(f"{model:10} {agent:24}" + "".join(f"{cell:>22}" for cell in cells) + f"   {shares}")
+        row = f"{model:10} {shared:8} {agent:24}"
+        text.append(row + "".join(f"{cell:>22}" for cell in cells) + f"   {shares}")
     return "\n".join(text)
 
 
 def sooner(lines: Sequence[Line]) -> str:
     """After how many trials the boosted variants reach, on average over seeds, what `amc` ends with."""
     text = []
-    for model in dict.fromkeys(line["model"] for line in lines):
+    for shared in dict.fromkeys(map(case, lines)):
         means = {
-            agent: np.mean([curve(x) for x in lines if (x["model"], x["agent"]) == (model, agent)], axis=0)
+            agent: np.mean([curve(line) for line in lines if (case(line), line["agent"]) == (shared, agent)], axis=0)
             for agent in (SCRATCH, *BOOSTS)
-            if any((line["model"], line["agent"]) == (model, agent) for line in lines)
+            if any((case(line), line["agent"]) == (shared, agent) for line in lines)
         }
         if SCRATCH not in means:
             continue
@@ -177,7 +195,7 @@ def sooner(lines: Sequence[Line]) -> str:
         for agent, mean_curve in means.items():
             at = reached(mean_curve, goal)
             found = "never" if at is None else f"after {at:3} trials, {own / at:.2f} times as fast"  # type: ignore[operator]
-            text.append(f"{model:10} {agent:24} {goal:.1%} {found}")
+            text.append(f"{shared[0]:10} {agent:24} {goal:.1%} {found}")
     return "\n".join(text)
 
 
@@ -187,24 +205,24 @@ def reached(values: Sequence[float], goal: float) -> int | None:
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
-    """A column for each model, a row for each of `FAMILIES`: the mean over seeds of the best accuracy so far, and the
-    range.
+    """A column for each model and its tables, a row for each of `FAMILIES`: the mean over seeds of the best accuracy so
+    far, and the range.
     """
-    models = list(dict.fromkeys(line["model"] for line in lines))
+    cases = list(dict.fromkeys(map(case, lines)))
     agents = list(dict.fromkeys(line["agent"] for line in lines))
     shown = {title: own for title, belongs in FAMILIES.items() if len(own := list(filter(belongs, agents))) > 1}
     shown = shown or {"one agent": agents}
-    figure = Figure(figsize=(6.4 * len(models), 4.6 * len(shown)), layout="constrained")
-    panels = figure.subplots(len(shown), len(models), squeeze=False)
-    for (row, (title, own)), (column, model) in product(enumerate(shown.items()), enumerate(models)):
+    figure = Figure(figsize=(6.4 * len(cases), 4.6 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), len(cases), squeeze=False)
+    for (row, (title, own)), (column, shared) in product(enumerate(shown.items()), enumerate(cases)):
         curves = {
-            agent: 100 * np.array([curve(x) for x in lines if (x["model"], x["agent"]) == (model, agent)])
+            agent: 100 * np.array([curve(line) for line in lines if (case(line), line["agent"]) == (shared, agent)])
             for agent in own
         }
         some = {agent: found for agent, found in curves.items() if np.isfinite(found).any()}
         if some:
             panel(panels[row, column], some, agents)
-            panels[row, column].set_title(f"{model}: {title}", fontsize=11)
+            panels[row, column].set_title(f"{shared[0]}: {title}", fontsize=11)
         else:
             panels[row, column].set_axis_off()
     figure.suptitle(f"without fine-tuning, at {LATENCY:.0%} of the dense latency; mean and range of seeds", fontsize=11)
@@ -236,15 +254,11 @@ def main() -> None:
     """Run what is missing, write all."""
     options = arguments()
     file, setting = options.work / "convergence.jsonl", {"trials": options.trials, "images": options.images}
-    kept = Rows(file)
-    for line in published():
-        if line not in kept.rows:
-            kept.add(line)
     for model in options.models.split(","):
         search_missing(model, file, setting, options)
     lines = Rows(file).rows
     own = [line for line in lines if setting.items() <= line.items()]
-    write(lines, own)
+    write([*(line for line in published() if line not in lines), *lines], own)
     print(table(own))
     print(sooner(own))
 

@@ -144,7 +144,7 @@ def built(spec: str) -> tuple[Any, Any]:
 def export(model: Any, pruned: Any, example: Any, log: Log) -> None:
     """The last stage: a file that ONNX Runtime runs with the right numbers, and the dense one to time beside it."""
     import graphprune as gp
-    from graphprune.export import onnx_bytes
+    from graphprune.onnx_files.export import onnx_bytes
 
     folder = log.file.with_suffix("")
     with log.stage("export"):
@@ -159,7 +159,7 @@ def examine(spec: str, log: Log) -> None:
 
     sys.path.insert(0, str(ROOT))
     import graphprune as gp
-    from graphprune.surgery import operate
+    from graphprune.cutting.surgery import operate
 
     model, example = built(spec)
     with log.stage("trace"):
@@ -230,7 +230,7 @@ def difference_to_masked(model: Any, example: Any) -> float:
     import torch
 
     import graphprune as gp
-    from graphprune.surgery import operate
+    from graphprune.cutting.surgery import operate
     from tests.graphprune.oracle import masked_outputs, outputs_of, relative_error, scramble
 
     double = scramble(copy.deepcopy(model), dtype=torch.float64)

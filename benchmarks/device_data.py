@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from graphprune.images import Epoch
-from graphprune.task import Task
+from graphprune.tasks.images import Epoch
+from graphprune.tasks.task import Task
 
 PADDING = 4
 CLASSES = 10

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn import functional
 
 import graphprune as gp
-from graphprune.division import GroupedLinear, divided
+from graphprune.cutting.division import GroupedLinear, divided
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
-from graphprune.export import onnx_bytes
 from graphprune.machine import environment
+from graphprune.onnx_files.export import onnx_bytes
 from graphprune.randomness import seeded
 
 ROWS = (1, 197)

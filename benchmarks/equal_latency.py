@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphprune import models
+from graphprune.coupling.graph import ModelGraph
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.surgery import remember
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import StepError
-from graphprune.export import onnx_bytes
-from graphprune.graph import ModelGraph
-from graphprune.measure import measure
+from graphprune.onnx_files.export import onnx_bytes
 from graphprune.record import Share
-from graphprune.surgery import remember
-from graphprune.task import Data, Task
-from graphprune.tracing import trace
+from graphprune.tasks.task import Data, Task
+from graphprune.timing.measure import measure
 
 ROUNDS, FINAL_ROUNDS = 20, 100
 """Samples of each model while a candidate is looked for, and for a published row."""

@@ -19,8 +19,8 @@ from common import MODELS, result_file
 
 import graphprune as gp
 from graphprune import models
-from graphprune.exporters import by_dynamo, by_torchscript, convert, prepare
 from graphprune.machine import environment
+from graphprune.onnx_files.exporters import by_dynamo, by_torchscript, convert, prepare
 
 SPECS = [*MODELS.values(), "timm:swin_tiny_patch4_window7_224", "timm:convnext_atto", "timm:efficientnet_b0"]
 

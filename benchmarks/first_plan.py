@@ -24,7 +24,7 @@ from common import prepared, raw, result_file, trained_parser
 
 from graphprune.agents import create
 from graphprune.machine import environment
-from graphprune.search import Session
+from graphprune.searching.search import Session
 
 LATENCIES = (0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 Line = dict[str, Any]

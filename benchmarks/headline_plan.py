@@ -15,12 +15,12 @@ from torch import nn
 
 import graphprune as gp
 from graphprune.counting import count
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.surgery import remember
 from graphprune.errors import InputError, StepError
-from graphprune.export import onnx_bytes
+from graphprune.onnx_files.export import onnx_bytes
 from graphprune.record import Share
-from graphprune.surgery import remember
-from graphprune.task import Task
-from graphprune.tracing import trace
+from graphprune.tasks.task import Task
 
 OURS = ("dp", "autosculpt")
 KEPT = tuple(np.linspace(0.1, 0.95, 8))

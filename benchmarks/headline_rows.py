@@ -15,7 +15,7 @@ from typing import Any, Self
 import zoo
 from torch import Tensor, nn
 
-from graphprune import atomic, tensors
+from graphprune.files import atomic, tensors
 
 FACTS, WEIGHTS, PLAN = "facts.json", "model.safetensors", "plan.json"
 Facts = dict[str, Any]

@@ -23,15 +23,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from graphprune import atomic
 from graphprune.counting import count
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import StepError
-from graphprune.export import export_onnx
+from graphprune.files import atomic
 from graphprune.machine import environment
-from graphprune.measure import measure
+from graphprune.onnx_files.export import export_onnx
 from graphprune.record import Share
-from graphprune.task import Task, top1
+from graphprune.tasks.task import Task, top1
+from graphprune.timing.measure import measure
 
 ROUNDS, SESSIONS = 100, 3
 """Samples of each network in a process, and processes: the one with the median ratio counts."""

@@ -10,11 +10,11 @@ from device_data import on_device, prepare_device
 from headline_rows import Candidate, Row, rows
 from torch import nn
 
-from graphprune import atomic, tensors
+from graphprune.files import atomic, tensors
 from graphprune.machine import environment
-from graphprune.recipe import Recipe
-from graphprune.task import Task
-from graphprune.training import Checkpoint, Trained, fit
+from graphprune.tasks.task import Task
+from graphprune.training.recipe import Recipe
+from graphprune.training.training import Checkpoint, Trained, fit
 
 
 def recipe_for(model: nn.Module, epochs: int, rate: float, seed: int) -> Recipe:

@@ -26,12 +26,12 @@ from torch import nn
 
 import graphprune as gp
 from graphprune import models
-from graphprune.cuts import checked, join, resolve
+from graphprune.coupling.graph import ModelGraph
+from graphprune.cutting.cuts import checked, join, resolve
 from graphprune.errors import InputError
-from graphprune.export import onnx_bytes
-from graphprune.graph import ModelGraph
 from graphprune.machine import environment
-from graphprune.onnx_surgery import OnnxSurgeon
+from graphprune.onnx_files.export import onnx_bytes
+from graphprune.onnx_files.surgery import OnnxSurgeon
 from graphprune.plan import Choice, Plan
 from graphprune.randomness import seeded
 from graphprune.registry import patterns

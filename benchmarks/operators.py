@@ -13,10 +13,10 @@ from pathlib import Path
 
 from common import result_file
 
+from graphprune.coupling.operators import Convolution, Linear, Masked, Operator
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.machine import environment
-from graphprune.operators import Convolution, Linear, Masked, Operator
-from graphprune.profile import Profile
+from graphprune.timing.profile import Profile
 
 SHAPES = ((16, 32), (32, 16), (64, 8), (64, 56), (256, 14))
 """Channels and height (= width) of convolutions."""

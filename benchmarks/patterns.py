@@ -17,10 +17,10 @@ from common import COLOURS, chosen, parser, result_stem, subject
 from matplotlib.figure import Figure
 
 from graphprune.engines import create
-from graphprune.grid import Cell, cells
 from graphprune.machine import environment
-from graphprune.profile import Profile
 from graphprune.registry import patterns
+from graphprune.reporting.grid import Cell, cells
+from graphprune.timing.profile import Profile
 
 GOAL = 0.85
 """The median efficiency that offered levels should reach."""

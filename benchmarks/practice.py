@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graphprune as gp
-from graphprune.candidates import Candidates
-from graphprune.cifar import BasicBlock
 from graphprune.counting import count
+from graphprune.coupling.operators import Absent, Attention, Convolution, Linear, Mixture, Operator, key
 from graphprune.engines.base import Timing
 from graphprune.engines.fake import FakeEngine
-from graphprune.operators import Absent, Attention, Convolution, Linear, Mixture, Operator, key
-from graphprune.problem import Problem
-from graphprune.profile import Profile
+from graphprune.models.cifar import BasicBlock
 from graphprune.randomness import seeded
 from graphprune.registry import chosen_patterns
-from graphprune.search import Session, corrected, latency_cost
-from graphprune.sensitivity import calibrated
+from graphprune.repairing.sensitivity import calibrated
+from graphprune.searching.candidates import Candidates
+from graphprune.searching.problem import Problem
+from graphprune.searching.search import Session, corrected, latency_cost
+from graphprune.timing.profile import Profile
 
 CALIBRATION = 192
 """Images; few, because random networks need no fine scores."""

@@ -26,18 +26,18 @@ from common import COLOURS, Subject, chosen, judged_by_tables, parser, raw, resu
 from matplotlib.figure import Figure
 
 from graphprune.agents.random_search import random_walk
-from graphprune.calibration import Statistics
-from graphprune.candidates import Candidates
 from graphprune.engines import create
 from graphprune.engines.base import Engine
-from graphprune.evaluation import Workbench
-from graphprune.export import onnx_bytes
 from graphprune.machine import environment
-from graphprune.measure import verdict
-from graphprune.probing import PROBE_SEED, PROBES, corrected, saving_factor
-from graphprune.problem import Choices, Problem, Sum
-from graphprune.profile import Profile
+from graphprune.onnx_files.export import onnx_bytes
 from graphprune.registry import chosen_patterns
+from graphprune.repairing.calibration import Statistics
+from graphprune.searching.candidates import Candidates
+from graphprune.searching.evaluation import Workbench
+from graphprune.searching.probing import PROBE_SEED, PROBES, corrected, saving_factor
+from graphprune.searching.problem import Choices, Problem, Sum
+from graphprune.timing.measure import verdict
+from graphprune.timing.profile import Profile
 
 LOWEST, HIGHEST = 0.3, 0.95
 """Targets between these shares of dense latency."""

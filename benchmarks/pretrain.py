@@ -36,9 +36,9 @@ from graphprune.agents.belief import Belief
 from graphprune.agents.dp import Solver
 from graphprune.agents.policies import Weights
 from graphprune.agents.wall import only_plan
-from graphprune.problem import BudgetSpent, Choices, Floats, Problem
-from graphprune.problem_file import pack, unpack
 from graphprune.record import Record
+from graphprune.searching.problem import BudgetSpent, Choices, Floats, Problem
+from graphprune.searching.problem_file import pack, unpack
 
 AGENT = Path(__file__).parents[1] / "agents" / "autosculpt.safetensors"
 NETWORKS = 24

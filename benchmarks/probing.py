@@ -27,9 +27,9 @@ from signals import drawn
 
 from graphprune.agents.random_search import random_walk
 from graphprune.machine import environment
-from graphprune.probing import PROBE_SEED, PROBES, corrected, likely_plans, saving_factor
-from graphprune.problem import Choices, Problem
-from graphprune.search import Session, latency_cost
+from graphprune.searching.probing import PROBE_SEED, PROBES, corrected, likely_plans, saving_factor
+from graphprune.searching.problem import Choices, Problem
+from graphprune.searching.search import Session, latency_cost
 
 LATENCY = 0.5
 ROUNDS = 20

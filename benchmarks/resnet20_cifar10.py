@@ -20,9 +20,9 @@ import graphprune as gp
 from graphprune import models
 from graphprune.counting import count
 from graphprune.machine import environment
-from graphprune.recipe import Recipe
 from graphprune.result import Result
-from graphprune.task import Task
+from graphprune.tasks.task import Task
+from graphprune.training.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "resnet20_cifar10"
 

@@ -45,23 +45,23 @@ import graphprune as gp
 from graphprune import models
 from graphprune.agents.autosculpt import EPISODES, Search
 from graphprune.agents.random_search import random_walk
-from graphprune.calibration import Statistics, calibrate
-from graphprune.candidates import Candidates
-from graphprune.cases import operators
-from graphprune.cuts import Cuts
+from graphprune.coupling.graph import ModelGraph
+from graphprune.coupling.operators import Operator
+from graphprune.cutting.cuts import Cuts
 from graphprune.engines.fake import FakeEngine
 from graphprune.errors import StepError
-from graphprune.evaluation import Workbench
-from graphprune.graph import ModelGraph
 from graphprune.machine import environment
-from graphprune.operators import Operator
-from graphprune.problem import Problem
-from graphprune.profile import Profile
 from graphprune.randomness import seeded
 from graphprune.registry import chosen_patterns
-from graphprune.repair import make_reference
-from graphprune.search import Session, latency_cost
-from graphprune.sensitivity import sensitivities
+from graphprune.repairing.calibration import Statistics, calibrate
+from graphprune.repairing.repair import make_reference
+from graphprune.repairing.sensitivity import sensitivities
+from graphprune.searching.candidates import Candidates
+from graphprune.searching.evaluation import Workbench
+from graphprune.searching.problem import Problem
+from graphprune.searching.search import Session, latency_cost
+from graphprune.timing.cases import operators
+from graphprune.timing.profile import Profile
 
 FAMILIES = {
     "cifar_resnet": ("cifar:resnet20", "cifar:resnet56", "cifar:resnet110"),

@@ -24,14 +24,14 @@ from equal_latency import Row, Rows
 from scipy.stats import kendalltau
 
 from graphprune.agents.dp import Solver
-from graphprune.calibration import Statistics
-from graphprune.deviation import Watched
+from graphprune.coupling.graph import ModelGraph
 from graphprune.engines.fake import FakeEngine
-from graphprune.graph import ModelGraph
 from graphprune.machine import environment
-from graphprune.problem import Choices, Problem
-from graphprune.search import Session, latency_cost
-from graphprune.sensitivity import POWER, tempered
+from graphprune.repairing.calibration import Statistics
+from graphprune.repairing.sensitivity import POWER, tempered
+from graphprune.searching.deviation import Watched
+from graphprune.searching.problem import Choices, Problem
+from graphprune.searching.search import Session, latency_cost
 
 matplotlib.use("Agg")
 

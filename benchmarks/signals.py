@@ -33,13 +33,13 @@ from torch import Tensor
 from unseen import UNSEEN, unseen
 
 from graphprune.agents.dp import Solver
-from graphprune.finalists import ranked
 from graphprune.machine import environment
 from graphprune.plan import Choice, Plan
-from graphprune.problem import Choices, Problem
 from graphprune.record import Record
-from graphprune.search import Session
-from graphprune.task import predict
+from graphprune.searching.finalists import ranked
+from graphprune.searching.problem import Choices, Problem
+from graphprune.searching.search import Session
+from graphprune.tasks.task import predict
 
 LATENCY = 0.5
 POWERS, WIDTHS = (0.5, 0.75, 1.0, 1.5), (0.3, 0.6, 1.0)

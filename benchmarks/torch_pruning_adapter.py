@@ -15,7 +15,7 @@ import torch_pruning
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graphprune.task import Batch, Task
+from graphprune.tasks.task import Batch, Task
 
 GRADIENT_BATCHES = 10
 

@@ -23,9 +23,10 @@ from torch import nn
 from torch_pruning_adapter import halving_pruner
 
 import graphprune as gp
-from graphprune import models, tracing
+from graphprune import models
+from graphprune.coupling import tracing
+from graphprune.cutting.surgery import cut_along, operate, resolve
 from graphprune.machine import environment
-from graphprune.surgery import cut_along, operate, resolve
 
 MODELS = ("resnet50", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "densenet121", "convnext_atto")
 

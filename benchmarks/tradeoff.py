@@ -29,9 +29,9 @@ from matplotlib.figure import Figure
 from graphprune.agents import create
 from graphprune.agents.sparrl import SparRL
 from graphprune.machine import environment
-from graphprune.problem import Problem
 from graphprune.record import Record
-from graphprune.search import MARGIN, Session
+from graphprune.searching.problem import Problem
+from graphprune.searching.search import MARGIN, Session
 
 BUDGETS = (0.7, 0.6, 0.5, 0.4, 0.3)
 """Shares of the dense latency, evenly spaced, the tightest last."""

@@ -21,12 +21,12 @@ from device_data import on_device, prepare_device
 from safetensors.torch import save
 from torch import nn
 
-from graphprune import atomic
-from graphprune.finetune import train
+from graphprune.files import atomic
 from graphprune.machine import environment
 from graphprune.randomness import seeded
-from graphprune.recipe import Recipe
-from graphprune.task import Task
+from graphprune.tasks.task import Task
+from graphprune.training.finetune import train
+from graphprune.training.recipe import Recipe
 
 BATCH = 256
 

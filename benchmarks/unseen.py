@@ -28,14 +28,14 @@ from common import raw, result_file, spread
 from equal_latency import Rows
 
 import graphprune as gp
-from graphprune.cuts import resolve
-from graphprune.evaluation import Workbench
-from graphprune.export import onnx_bytes
+from graphprune.cutting.cuts import resolve
+from graphprune.cutting.surgery import remember
 from graphprune.machine import environment
+from graphprune.onnx_files.export import onnx_bytes
 from graphprune.plan import Plan
-from graphprune.repair import FINE, make_reference
-from graphprune.surgery import remember
-from graphprune.task import Task
+from graphprune.repairing.repair import FINE, make_reference
+from graphprune.searching.evaluation import Workbench
+from graphprune.tasks.task import Task
 
 UNSEEN = 4000
 BATCH = 500

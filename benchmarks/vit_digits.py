@@ -17,10 +17,10 @@ from common import result_file
 import graphprune as gp
 from graphprune import models
 from graphprune.counting import count
-from graphprune.finetune import train
 from graphprune.machine import environment
 from graphprune.randomness import seeded
-from graphprune.recipe import Recipe
+from graphprune.training.finetune import train
+from graphprune.training.recipe import Recipe
 
 SPEC = "timm:vit_tiny_patch16_224?img_size=32&patch_size=4&embed_dim=96&depth=4&num_heads=3&num_classes=10"
 LATENCY = 0.6

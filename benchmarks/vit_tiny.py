@@ -18,9 +18,9 @@ from common import result_file
 import graphprune as gp
 from graphprune import models
 from graphprune.counting import count
+from graphprune.cutting.surgery import operate
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.machine import environment
-from graphprune.surgery import operate
 
 SPEC = "timm:vit_tiny_patch16_224"
 

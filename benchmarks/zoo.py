@@ -8,8 +8,9 @@ from typing import Any
 import timm
 from torch import nn
 
-from graphprune import cifar, models
-from graphprune.recipe import Recipe
+from graphprune import models
+from graphprune.models import cifar
+from graphprune.training.recipe import Recipe
 
 TRAINED = Path(__file__).parent / "results" / "weights"
 """Where `train.py` keeps trained weights, in half precision, with their logs."""

@@ -3,25 +3,23 @@
 The names below are the public interface. Each is imported when it is first used: `import graphprune` loads no torch.
 """
 
-import sys
 from importlib import import_module
 from importlib.metadata import version
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphprune.checkpoint import load, save
-    from graphprune.export import export_onnx
-    from graphprune.finetune import finetune
-    from graphprune.graph import ModelGraph
-    from graphprune.measure import measure
+    from graphprune.coupling.graph import ModelGraph
+    from graphprune.coupling.tracing import trace
+    from graphprune.cutting.surgery import apply
+    from graphprune.onnx_files.export import export_onnx
     from graphprune.plan import Plan
     from graphprune.result import Result
-    from graphprune.search import search
-    from graphprune.surgery import apply
+    from graphprune.searching.search import search
     from graphprune.target import Target
-    from graphprune.task import Task
-    from graphprune.tracing import trace
+    from graphprune.tasks.task import Task
+    from graphprune.timing.measure import measure
+    from graphprune.training.finetune import finetune
     from graphprune.uniform import uniform_plan
 
 __all__ = [
@@ -45,19 +43,19 @@ __all__ = [
 __version__ = version("graphprune")
 
 _HOMES = {
-    "ModelGraph": "graph",
+    "ModelGraph": "coupling.graph",
     "Plan": "plan",
     "Result": "result",
     "Target": "target",
-    "Task": "task",
-    "apply": "surgery",
-    "export_onnx": "export",
-    "finetune": "finetune",
+    "Task": "tasks.task",
+    "apply": "cutting.surgery",
+    "export_onnx": "onnx_files.export",
+    "finetune": "training.finetune",
     "load": "checkpoint",
-    "measure": "measure",
+    "measure": "timing.measure",
     "save": "checkpoint",
-    "search": "search",
-    "trace": "tracing",
+    "search": "searching.search",
+    "trace": "coupling.tracing",
     "uniform_plan": "uniform",
 }
 """Public name -> the module that defines it."""
@@ -74,14 +72,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Python binds a submodule to its package once it is imported; here the functions of the same name win."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

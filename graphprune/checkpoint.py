@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune import machine, models, surgery, tensors
-from graphprune.atomic import staging
+from graphprune import machine, models
+from graphprune.cutting import surgery
 from graphprune.errors import InputError
+from graphprune.files import tensors
+from graphprune.files.atomic import staging
 from graphprune.plan import Plan
 from graphprune.record import Record
 from graphprune.result import Result

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphprune.errors import InputError
-from graphprune.task import evaluating
+from graphprune.tasks.task import evaluating
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,22 @@ from pathlib import Path
 
 from torch import nn
 
-from graphprune import checkpoint, engines, models, surgery, tensors
-from graphprune.atomic import write_bytes, write_text
+from graphprune import checkpoint, engines, models
 from graphprune.counting import Counts, count
+from graphprune.coupling.tracing import trace
+from graphprune.cutting import surgery
 from graphprune.engines.base import Engine, Timing
 from graphprune.errors import InputError, StepError
-from graphprune.export import export_onnx
-from graphprune.layout import DENSE_ONNX, DENSE_WEIGHTS, PRUNED_ONNX, REPORT, TRIALS
-from graphprune.measure import Measurement, measure
+from graphprune.files import tensors
+from graphprune.files.atomic import write_bytes, write_text
+from graphprune.files.layout import DENSE_ONNX, DENSE_WEIGHTS, PRUNED_ONNX, REPORT, TRIALS
+from graphprune.onnx_files.export import export_onnx
 from graphprune.plan import Plan
 from graphprune.record import Record
-from graphprune.report import write_report
+from graphprune.reporting.report import write_report
 from graphprune.result import Result
 from graphprune.target import Target
-from graphprune.tracing import trace
+from graphprune.timing.measure import Measurement, measure
 
 ROUNDS = 50
 """Interleaved samples of the final measurement."""

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from graphprune.calibration import Statistics
-from graphprune.cuts import Cuts
+from graphprune.coupling.graph import ModelGraph, Patch, Site
+from graphprune.cutting.cuts import Cuts
 from graphprune.engines.base import Engine
-from graphprune.graph import ModelGraph, Patch, Site
-from graphprune.profile import Profile
+from graphprune.repairing.calibration import Statistics
+from graphprune.timing.profile import Profile
 
 Scores = NDArray[np.float64]
 
@@ -84,7 +84,7 @@ class Pattern(ABC):
     def error(self, site: Site, keep: tuple[int, ...], statistics: Statistics) -> float | None:
         """A relative error of the pattern's own; None where the layers that read what is cut tell all of it.
 
-        It counts by the weight of the branch's sum, or of the site's layer (`graphprune.sensitivity`).
+        It counts by the weight of the branch's sum, or of the site's layer (`graphprune.repairing.sensitivity`).
         """
         return None
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from graphprune.graph import ModelGraph
+from graphprune.coupling.graph import ModelGraph
 from graphprune.plan import Plan
 from graphprune.record import Record
 from graphprune.target import Target

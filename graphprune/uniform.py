@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from graphprune.axes import Form, Indices
-from graphprune.compensation import rank_by_magnitude
+from graphprune.coupling.axes import Form, Indices
+from graphprune.coupling.graph import ModelGraph, Site
 from graphprune.engines.base import Model, Timing
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
-from graphprune.graph import ModelGraph, Site
 from graphprune.plan import Choice, Plan
-from graphprune.profile import Profile
+from graphprune.repairing.compensation import rank_by_magnitude
+from graphprune.timing.profile import Profile
 
 PATTERN = {"channels": "filter", "heads": "heads", "hidden": "hidden"}
 """Kinds of groups that are cut, and the pattern that cuts each."""

@@ -2,10 +2,10 @@
 
 from typing import ClassVar
 
-from graphprune.calibration import Statistics
-from graphprune.cuts import Cuts
-from graphprune.graph import Site
+from graphprune.coupling.graph import Site
+from graphprune.cutting.cuts import Cuts
 from graphprune.pattern import Level, Pattern
+from graphprune.repairing.calibration import Statistics
 
 
 class Block(Pattern):

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from graphprune.cuts import Cuts
+from graphprune.coupling.graph import Patch, Site, group_patches
+from graphprune.cutting.cuts import Cuts
 from graphprune.errors import InputError
-from graphprune.graph import Patch, Site, group_patches
 from graphprune.pattern import Level, Pattern, Scores, shared_equally
 
 PARTS = 4

@@ -5,7 +5,7 @@ The width of all heads as well: that of queries and keys, and that of values; to
 
 from typing import ClassVar
 
-from graphprune.graph import Site
+from graphprune.coupling.graph import Site
 from graphprune.pattern import GroupPattern, Level, shares
 
 

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from graphprune.cuts import Cuts
+from graphprune.coupling.graph import Site
+from graphprune.cutting.cuts import Cuts
 from graphprune.errors import InputError
-from graphprune.graph import Site
 from graphprune.pattern import Level, Pattern
 
 _PLACES: dict[int, tuple[str, ...]] = {1: ("top", "middle", "bottom"), 2: ("top", "bottom"), 3: ()}

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from graphprune.cuts import Cuts
+from graphprune.coupling.graph import Patch, Site, Window
+from graphprune.cutting.cuts import Cuts
 from graphprune.errors import InputError
-from graphprune.graph import Patch, Site, Window
 from graphprune.pattern import Level, Pattern, Scores, shared_equally
 
 _WHOLE, _FIRST, _MIDDLE, _LAST = (0, 3), (0, 2), (1, 2), (1, 3)

@@ -1,9 +1,10 @@
 """Masks of linear layers and 1x1 convolutions: of each 4 consecutive inputs of every output, 2 stay (2:4).
 
-Kernels for such weights came with NVIDIA's Ampere (Mishra et al. 2021, arXiv 2104.08378); `graphprune.semi_structured`
-hands masked layers to those of torch. An engine without them multiplies the zeros, so that nothing is gained there. The
-layer keeps its shape; nothing is rewritten. Which weights stay is decided by what removing each alone would cost
-(Optimal Brain Surgeon), and what is left takes over what it can (`graphprune.compensation.solve_rows`).
+Kernels for such weights came with NVIDIA's Ampere (Mishra et al. 2021, arXiv 2104.08378);
+`graphprune.cutting.semi_structured` hands masked layers to those of torch. An engine without them multiplies the zeros,
+so that nothing is gained there. The layer keeps its shape; nothing is rewritten. Which weights stay is decided by what
+removing each alone would cost (Optimal Brain Surgeon), and what is left takes over what it can
+(`graphprune.repairing.compensation.solve_rows`).
 """
 
 from collections.abc import Collection, Sequence
@@ -13,14 +14,14 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from graphprune.calibration import Statistics, calibrate
-from graphprune.compensation import weight_scores
-from graphprune.cuts import Cuts
+from graphprune.coupling.graph import ModelGraph, Site
+from graphprune.cutting.cuts import Cuts
 from graphprune.engines.base import Engine
 from graphprune.errors import InputError
-from graphprune.graph import ModelGraph, Site
 from graphprune.pattern import Level, Pattern, Scores
 from graphprune.plan import Choice, Plan
+from graphprune.repairing.calibration import Statistics, calibrate
+from graphprune.repairing.compensation import weight_scores
 
 WIDTH = 4
 """Consecutive inputs of an output: a quadruple."""

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from graphprune.graph import Site
+from graphprune.coupling.graph import Site
 from graphprune.pattern import GroupPattern, Level, shares
 
 

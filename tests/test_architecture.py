@@ -9,6 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"graphprune": "graphprune", "patterns": "graphprune.patterns", "agents": "graphprune.agents"}
 INFERENCE = {"onnxruntime", "openvino", "tensorrt"}
+LAYERS = (
+    "models", "files", "engines", "coupling", "cutting", "onnx_files", "repairing", "timing", "tasks", "training",
+    "searching", "reporting", "commands",
+)  # fmt: skip
+"""The folders of `graphprune`, each of which reads those before it alone."""
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -76,8 +81,36 @@ def test_arrows_point_one_way():
     assert offenders(arrow) == []
 
 
+def layer(name: str) -> int | None:
+    """The number of the folder in `LAYERS` that a module lies in; None for those that lie in none."""
+    return next((number for number, own in enumerate(LAYERS) if within(name, f"graphprune.{own}")), None)
+
+
+def upwards(name: str, imported: str) -> bool:
+    """Whether a module of one folder reads one of a later folder."""
+    own, read = layer(name), layer(imported)
+    return own is not None and read is not None and read > own
+
+
+def test_folders_read_only_those_before_them():
+    """What is imported when it is needed may lie anywhere: a graph's table is printed by what knows graphs."""
+    assert offenders(lambda name, imported, at_top: not (at_top and upwards(name, imported))) == []
+
+
+def test_every_folder_has_its_layer():
+    folders = {path.parent.name for path in (ROOT / "graphprune").glob("*/__init__.py")}
+    assert folders - {"patterns", "agents"} == set(LAYERS)
+
+
 def test_agents_see_neither_torch_modules_nor_onnx():
-    forbidden = ("graphprune.surgery", "graphprune.tracing", "graphprune.export", "graphprune.engines", "onnx", "timm")
+    forbidden = (
+        "graphprune.cutting.surgery",
+        "graphprune.coupling.tracing",
+        "graphprune.onnx_files.export",
+        "graphprune.engines",
+        "onnx",
+        "timm",
+    )
 
     def allowed(name: str, imported: str, at_top: bool) -> bool:
         agent = within(name, "graphprune.agents")
@@ -129,10 +162,12 @@ def test_the_rules_see_what_they_forbid(tmp_path: Path):
     assert found["onnxruntime"]
     assert not found["graphprune.patterns"]
     assert not found["graphprune.agents"]
-    assert not arrow("graphprune.search", "graphprune.patterns", at_top=False)
+    assert not arrow("graphprune.searching.search", "graphprune.patterns", at_top=False)
     assert not arrow("graphprune.patterns.filter", "graphprune.agents", at_top=False)
     assert not arrow("graphprune.registry", "graphprune.agents", at_top=True)
     assert arrow("graphprune.registry", "graphprune.agents", at_top=False)
+    assert upwards("graphprune.coupling.graph", "graphprune.reporting.tables")
+    assert not upwards("graphprune.reporting.tables", "graphprune.coupling.graph")
 
 
 def test_all_modules_are_seen():

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from graphprune.cuts import Cuts
-from graphprune.rules import RULES
-from graphprune.surgery import perform
-from graphprune.tracing import trace
+from graphprune.coupling.rules import RULES
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.cuts import Cuts
+from graphprune.cutting.surgery import perform
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -8,7 +8,7 @@ import typer
 
 from graphprune.commands import base, outcome
 from graphprune.commands.base import Answer, Verb
-from graphprune.console import Bars
+from graphprune.commands.console import Bars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,10 @@ class Demo(Verb):
 
     def run(self) -> Answer:
         """Run the demo."""
-        from graphprune import demo
+        from graphprune.commands import digits_demo
 
-        settings = demo.Settings(self.trials, seed=self.seed)
+        settings = digits_demo.Settings(self.trials, seed=self.seed)
         with Bars() as bars:
-            shown = demo.run(self.out, settings, base.engine("onnxruntime", threads=1), bars)
+            shown = digits_demo.run(self.out, settings, base.engine("onnxruntime", threads=1), bars)
         answer = outcome.answer(shown.delivery, shown.scores)
         return outcome.with_rivals(answer, shown.delivery, shown.found)

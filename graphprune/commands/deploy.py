@@ -30,7 +30,8 @@ class Export(Verb):
 
     def run(self) -> Answer:
         """Load or build the model, export it."""
-        from graphprune import delivery, models, surgery
+        from graphprune import delivery, models
+        from graphprune.cutting import surgery
 
         if Path(self.source).is_dir():
             if self.weights is not None or self.input_size is not None:

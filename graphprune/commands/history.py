@@ -12,14 +12,14 @@ from rich.table import Table
 
 from graphprune.commands import base
 from graphprune.commands.base import Answer, Folder, OwnModel, Verb
-from graphprune.console import Bars
-from graphprune.layout import REPORT, STUDY
+from graphprune.commands.console import Bars
+from graphprune.files.layout import REPORT, STUDY
 
 if TYPE_CHECKING:
-    from graphprune.conditions import Condition, EngineRow
     from graphprune.engines.base import Engine
     from graphprune.record import Record
-    from graphprune.study import Summary
+    from graphprune.reporting.conditions import Condition, EngineRow
+    from graphprune.searching.study import Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,10 @@ class Report(Verb):
 
     def run(self) -> Answer:
         """Restore the result, measure what is asked for, write the report."""
-        from graphprune import comparison, delivery
-        from graphprune.conditions import engine_rows
-        from graphprune.report import write_report
+        from graphprune import delivery
+        from graphprune.reporting import comparison
+        from graphprune.reporting.conditions import engine_rows
+        from graphprune.reporting.report import write_report
 
         result = delivery.restore(self.folder, self.model)
         measurement = delivery.measurement_of(result)
@@ -100,7 +101,7 @@ class Runs(Verb):
 
     def run(self) -> Answer:
         """Read the store."""
-        from graphprune import study
+        from graphprune.searching import study
 
         store = Path(self.store) / STUDY if Path(self.store).is_dir() else self.store
         summaries = study.list_studies(store)

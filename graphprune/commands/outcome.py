@@ -8,9 +8,9 @@ from rich.table import Table
 from graphprune.commands.base import Answer
 
 if TYPE_CHECKING:
+    from graphprune.commands.steps import Scores
     from graphprune.delivery import Delivery
     from graphprune.record import Record
-    from graphprune.steps import Scores
 
 
 def answer(delivery: "Delivery", scores: "Scores") -> Answer:
@@ -58,7 +58,7 @@ def _share(delivery: "Delivery") -> Any:
 
 def comparison(delivery: "Delivery", scores: "Scores") -> Table:
     """Accuracy, measured latency with its interval, FLOPs and parameters: dense, pruned, change."""
-    from graphprune.wording import setting
+    from graphprune.reporting.wording import setting
 
     share = _share(delivery)
     table = Table(title=f"{delivery.result.spec or 'the model'} on {delivery.measurement.engine}", title_justify="left")

@@ -22,9 +22,9 @@ from graphprune.commands.base import (
     Verb,
     Weights,
 )
-from graphprune.console import Bars
+from graphprune.commands.console import Bars
 from graphprune.errors import InputError
-from graphprune.layout import STUDY
+from graphprune.files.layout import STUDY
 
 if TYPE_CHECKING:
     from graphprune.agents.base import Agent
@@ -94,8 +94,9 @@ class Prune(Verb):
 
     def run(self) -> Answer:
         """Search, fine-tune, deliver."""
-        from graphprune import delivery, models, steps
-        from graphprune.recipe import Recipe
+        from graphprune import delivery, models
+        from graphprune.commands import steps
+        from graphprune.training.recipe import Recipe
 
         target, engine = self._target(), base.engine(self.engine, threads=self.threads, batch=self.batch)
         if self.epochs < 0 or self.trials < 1:
@@ -135,7 +136,7 @@ class Prune(Verb):
     def _agent(self) -> "Agent":
         """Who searches, with what it takes from earlier searches."""
         from graphprune import registry
-        from graphprune.past import History
+        from graphprune.searching.past import History
 
         if self.augment and self.transfer is None:
             raise InputError("--augment practises on the models of earlier searches: add --transfer STUDY")
@@ -187,8 +188,9 @@ class Finetune(Verb):
 
     def run(self) -> Answer:
         """Restore, fine-tune, deliver."""
-        from graphprune import delivery, engines, steps
-        from graphprune.recipe import Recipe
+        from graphprune import delivery, engines
+        from graphprune.commands import steps
+        from graphprune.training.recipe import Recipe
 
         result = delivery.restore(self.folder, self.model, self.weights)
         measured = result.record.measured

@@ -12,12 +12,12 @@ from rich.text import Text
 import graphprune as gp
 from graphprune.commands import base
 from graphprune.commands.base import Answer, Batch, EngineName, InputSize, Model, Threads, Verb, Weights
-from graphprune.console import Bars
+from graphprune.commands.console import Bars
 from graphprune.errors import InputError
 
 if TYPE_CHECKING:
-    from graphprune.graph import ModelGraph
-    from graphprune.profile import Profile as OperatorProfile
+    from graphprune.coupling.graph import ModelGraph
+    from graphprune.timing.profile import Profile as OperatorProfile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Trace(Verb):
 
     def run(self) -> Answer:
         """Trace, print the tables, draw the picture."""
-        from graphprune.picture import write_picture
+        from graphprune.reporting.picture import write_picture
 
         if self.picture is not None and self.picture.suffix != ".svg":
             raise InputError(f"the picture is an SVG file: give --picture a name that ends in .svg, not {self.picture}")
@@ -89,8 +89,8 @@ class Profile(Verb):
 
     def run(self) -> Answer:
         """Measure, print what each layer costs and what each level of each pattern gains."""
-        from graphprune import grid, heatmap
         from graphprune.registry import patterns
+        from graphprune.reporting import grid, heatmap
 
         if self.picture is not None:
             heatmap.check(self.picture)
@@ -117,7 +117,7 @@ class Profile(Verb):
         return Answer(facts, (_about(profile), _layer_table(graph, times), gains, *picture))
 
     def _graphs(self, bars: Bars) -> "dict[str, ModelGraph]":
-        from graphprune import grid
+        from graphprune.reporting import grid
 
         if self.model is not None:
             return {"": traced(self.model, None, self.input_size)}
@@ -126,14 +126,15 @@ class Profile(Verb):
 
 def operator_profile(engine: str, threads: int, batch: int) -> "OperatorProfile":
     """The machine's profile for an engine with this many threads, at this batch."""
-    from graphprune.profile import Profile
+    from graphprune.timing.profile import Profile
 
     return Profile(base.engine(engine, threads=threads, batch=batch))
 
 
 def traced(spec: str, weights: Path | None, size: int | None) -> "ModelGraph":
     """The graph of a model at the input size that it declares, or at `size`."""
-    from graphprune import models, surgery
+    from graphprune import models
+    from graphprune.cutting import surgery
 
     model = models.create(spec, weights)
     return gp.trace(model, surgery.example_inputs((("float32", base.input_shape(spec, model, size)),)))
@@ -141,8 +142,8 @@ def traced(spec: str, weights: Path | None, size: int | None) -> "ModelGraph":
 
 def measure_all(graph: "ModelGraph", profile: "OperatorProfile") -> None:
     """Time, with a progress bar, whatever the tables of this graph will ask for and the cache does not hold."""
-    from graphprune.cases import operators
     from graphprune.registry import chosen_patterns
+    from graphprune.timing.cases import operators
 
     wanted = operators(graph, chosen_patterns(None, profile.engine), profile.block)
     with Bars() as bars:

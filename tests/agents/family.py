@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from graphprune.problem import Factor, Problem, Sum
 from graphprune.record import Record
+from graphprune.searching.problem import Factor, Problem, Sum
 from tests.agents.toys import decision, view
 
 CURVE = np.array([0.0, 0.1, 0.3, 0.6])

@@ -12,10 +12,10 @@ from graphprune.agents import create
 from graphprune.agents.amc import UPDATES, Amc, Search
 from graphprune.agents.ddpg import Episode
 from graphprune.agents.ratios import Embeddings, RatioEpisodes, Vectors, retrace
-from graphprune.environment import reward
 from graphprune.errors import InputError
-from graphprune.past import History
-from graphprune.problem import Floats, Problem
+from graphprune.searching.environment import reward
+from graphprune.searching.past import History
+from graphprune.searching.problem import Floats, Problem
 from tests.agents.toys import feasible_plans, problem
 
 

@@ -28,12 +28,12 @@ from graphprune.agents.wall import only_plan
 from graphprune.counting import count
 from graphprune.engines.fake import FakeEngine
 from graphprune.errors import InputError
-from graphprune.problem import BudgetSpent, Choices, Problem
 from graphprune.record import Record, Share
 from graphprune.registry import patterns
-from graphprune.search import Session, search
+from graphprune.searching.problem import BudgetSpent, Choices, Problem
+from graphprune.searching.search import Session, search
+from graphprune.searching.views import VIEW_FEATURES
 from graphprune.target import Target
-from graphprune.views import VIEW_FEATURES
 from tests.agents.toys import accuracy_of, feasible_plans, problem, with_branch
 from tests.graphprune import tiny
 

@@ -8,7 +8,7 @@ import pytest
 from graphprune.agents import create
 from graphprune.agents.random_search import random_walk
 from graphprune.agents.uniform import nearest, setting, uniform_plans
-from graphprune.problem import BudgetSpent, Problem
+from graphprune.searching.problem import BudgetSpent, Problem
 from tests.agents.toys import feasible_plans, problem
 
 

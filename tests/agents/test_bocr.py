@@ -21,8 +21,8 @@ from graphprune.agents.bocr import (
 )
 from graphprune.agents.fronts import Fronts
 from graphprune.agents.random_search import RandomSearch
-from graphprune.problem import BudgetSpent, Choices, Decision, Factor, Floats, Option, Problem, Sum
 from graphprune.record import Record
+from graphprune.searching.problem import BudgetSpent, Choices, Decision, Factor, Floats, Option, Problem, Sum
 from tests.agents.toys import feasible_plans, problem, view
 
 SHAPES = (0.05, 0.15, 0.4)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from graphprune.agents.clusters import GRID, Dendrogram, density, deviations
-from graphprune.problem import Decision
+from graphprune.searching.problem import Decision
 from tests.agents.toys import decision
 
 STEP = GRID[1] - GRID[0]

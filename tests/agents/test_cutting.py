@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from graphprune.agents.cutting import PRE_PRUNED, SAMPLE, Cuts, Cutting, Observer, Vectors
-from graphprune.problem import Factor, Problem, Sum
+from graphprune.searching.problem import Factor, Problem, Sum
 from tests.agents.toys import feasible_plans, problem, with_branch
 
 

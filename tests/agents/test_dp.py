@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from graphprune.agents.dp import DynamicProgramming, Solver
-from graphprune.problem import BudgetSpent
+from graphprune.searching.problem import BudgetSpent
 from tests.agents.toys import feasible_plans, problem
 
 SLACK = 0.01

@@ -10,8 +10,8 @@ from graphprune.agents import create, dp_local
 from graphprune.agents.dp import Solver
 from graphprune.agents.dp_local import neighbours
 from graphprune.agents.wall import passes
-from graphprune.problem import BudgetSpent, Choices, Factor, Problem, Sum
 from graphprune.record import Record
+from graphprune.searching.problem import BudgetSpent, Choices, Factor, Problem, Sum
 from tests.agents.test_wall import every, short_sighted
 from tests.agents.toys import accuracy_of, feasible_plans, problem, watched, with_branch
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from graphprune.agents.encoder import ALL, PATTERN_FEATURES, PairScorer, Sight, pattern_features, typed_edges
-from graphprune.environment import Observer
-from graphprune.problem import Factor, GraphView, Problem, Sum
-from graphprune.views import VIEW_FEATURES
+from graphprune.searching.environment import Observer
+from graphprune.searching.problem import Factor, GraphView, Problem, Sum
+from graphprune.searching.views import VIEW_FEATURES
 from tests.agents.toys import problem
 
 PREFIXES = np.array([[1, 0], [0, 2], [3, 1]])

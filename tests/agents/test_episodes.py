@@ -3,7 +3,7 @@
 import numpy as np
 
 from graphprune.agents.episodes import Episodes
-from graphprune.environment import Observer, PruningEnv
+from graphprune.searching.environment import Observer, PruningEnv
 from tests.agents.toys import problem
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from graphprune.agents import frontier
 from graphprune.agents.frontier import Programme, Step, steps, weighted
-from graphprune.problem import Factor, Sum
+from graphprune.searching.problem import Factor, Sum
 
 SLACK = 0.01
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from graphprune.agents.fronts import Fronts, front
-from graphprune.problem import Factor, Problem, Sum
+from graphprune.searching.problem import Factor, Problem, Sum
 from tests.agents.toys import problem
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load
 from graphprune.agents import create
 from graphprune.agents.fronts import Fronts
 from graphprune.agents.gnn_rl import CUTS, GNNRL, IDLE, MISSED, STEPS, Search, ShrinkingEnv, reward
-from graphprune.problem import BudgetSpent, Choices, Factor, Problem, Sum
 from graphprune.record import Record
+from graphprune.searching.problem import BudgetSpent, Choices, Factor, Problem, Sum
 from tests.agents.toys import accuracy_of, feasible_plans, problem
 
 SEEDS = range(6)

@@ -17,13 +17,13 @@ from graphprune.agents.history import others, practise, rebudgeted, replay, stan
 from graphprune.agents.ratios import RatioEpisodes, Vectors, retrace
 from graphprune.agents.wall import passes
 from graphprune.engines.fake import FakeEngine
-from graphprune.environment import reward
 from graphprune.errors import InputError
-from graphprune.past import PROBLEM, History, Past, read_past
-from graphprune.problem import Floats, Problem
-from graphprune.problem_file import pack
-from graphprune.search import search
-from graphprune.study import Study
+from graphprune.searching.environment import reward
+from graphprune.searching.past import PROBLEM, History, Past, read_past
+from graphprune.searching.problem import Floats, Problem
+from graphprune.searching.problem_file import pack
+from graphprune.searching.search import search
+from graphprune.searching.study import Study
 from graphprune.target import Target
 from tests.agents.family import member
 from tests.agents.test_autosculpt import Wider

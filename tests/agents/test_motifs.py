@@ -12,7 +12,7 @@ from graphprune.agents.encoder import EDGE_TYPES
 from graphprune.agents.fronts import Fronts
 from graphprune.agents.gnn_rl import ShrinkingEnv
 from graphprune.agents.motifs import UNITS, WIDTH, LayerGraph, Motifs, RatioHead, left, site_features
-from graphprune.problem import GraphView, Problem
+from graphprune.searching.problem import GraphView, Problem
 from tests.agents.toys import problem
 
 SIZES = (4, 3, 5, 2)

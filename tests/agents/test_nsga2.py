@@ -4,8 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphprune.agents import create
-from graphprune.problem import Choices
 from graphprune.record import Record
+from graphprune.searching.problem import Choices
 from tests.agents.toys import problem
 
 

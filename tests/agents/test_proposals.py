@@ -12,8 +12,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from graphprune.agents.proposals import search
 from graphprune.agents.wall import passes, repaired
-from graphprune.environment import reward
-from graphprune.problem import Choices, Problem
+from graphprune.searching.environment import reward
+from graphprune.searching.problem import Choices, Problem
 from tests.agents.test_wall import every
 from tests.agents.toys import problem, watched, with_branch
 

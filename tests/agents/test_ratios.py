@@ -5,8 +5,8 @@ import pytest
 
 from graphprune.agents.fronts import Fronts
 from graphprune.agents.ratios import POINTS, Embeddings, RatioEpisodes, Vectors, retrace, walk
-from graphprune.environment import BOUND, STATE_FEATURES, Observer
-from graphprune.problem import Floats, Problem
+from graphprune.searching.environment import BOUND, STATE_FEATURES, Observer
+from graphprune.searching.problem import Floats, Problem
 from tests.agents.toys import problem, with_branch
 
 

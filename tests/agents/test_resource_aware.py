@@ -23,8 +23,8 @@ from graphprune.agents.resource_aware import (
 )
 from graphprune.agents.units import BLOCKS, Units, losses, merged, sizes, templates
 from graphprune.plan import Plan
-from graphprune.problem import BudgetSpent, Choices, Decision, Option, Problem
 from graphprune.record import Record
+from graphprune.searching.problem import BudgetSpent, Choices, Decision, Option, Problem
 from tests.agents.toys import problem, with_branch
 
 TOYS = range(6)

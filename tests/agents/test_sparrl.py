@@ -14,7 +14,7 @@ from graphprune.agents.cutting import Cutting
 from graphprune.agents.sparrl import Search, SparRL, Worth
 from graphprune.agents.wall import passes
 from graphprune.errors import InputError
-from graphprune.problem import BudgetSpent, Choices, Problem
+from graphprune.searching.problem import BudgetSpent, Choices, Problem
 from tests.agents.toys import accuracy_of, feasible_plans, problem
 
 SEEDS = range(5)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from graphprune.agents import create
-from graphprune.problem import Choices
 from graphprune.record import Record
+from graphprune.searching.problem import Choices
 from tests.agents.toys import accuracy_of, feasible_plans, problem
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from graphprune.agents.wall import OPEN, passes, repaired
-from graphprune.problem import Choices, Factor, Problem, Sum
+from graphprune.searching.problem import Choices, Factor, Problem, Sum
 from tests.agents.toys import problem, with_branch
 
 

@@ -6,8 +6,8 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from graphprune.problem import Choices, Decision, Factor, GraphView, Option, Problem, Sum
 from graphprune.record import Record
+from graphprune.searching.problem import Choices, Decision, Factor, GraphView, Option, Problem, Sum
 
 Judge = Callable[[Choices], float]
 

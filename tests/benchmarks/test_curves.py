@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from convergence import curve, reached, sooner
+from convergence import curve, reached, sooner, table
 from tradeoff import BUDGETS, MARGIN, areas
 
 
@@ -44,3 +44,15 @@ def test_the_area_is_the_mean_over_budgets_of_the_best_plan_within_each():
     one_budget = 0.9 / len(BUDGETS)
     all_budgets = (0.9 + 0.5 * (len(BUDGETS) - 1)) / len(BUDGETS)
     assert areas(row) == pytest.approx([one_budget, *[all_budgets] * 4])
+
+
+def test_only_searches_on_the_same_tables_are_put_together():
+    figures = {"earlier": [0.5], "3f": [0.7, 0.9]}
+    lines = [
+        search("dp", [accuracy] * 10, 10) | {"tables": shared, "latency": [0.5, 0.5, 0.5]}
+        for shared, own in figures.items()
+        for accuracy in own
+    ]
+    first, second = table(lines).splitlines()[1:]
+    assert first.split()[:4] == ["some", "earlier", "dp", "50.0%"]
+    assert second.split()[:4] == ["some", "3f", "dp", "80.0%"]

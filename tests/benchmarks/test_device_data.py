@@ -4,9 +4,9 @@ import torch
 from device_data import PADDING, TOGETHER, DeviceEpoch, crop, flip, on_device
 from torch.nn import functional
 
-from graphprune.images import Images, crop_and_flip
 from graphprune.randomness import seeded
-from graphprune.task import Task
+from graphprune.tasks.images import Images, crop_and_flip
+from graphprune.tasks.task import Task
 
 
 def pixels(count: int) -> torch.Tensor:

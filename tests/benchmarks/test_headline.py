@@ -12,7 +12,7 @@ from headline_table import Point, grouped, line, points
 from torch import nn
 
 import graphprune as gp
-from graphprune import tensors
+from graphprune.files import tensors
 from graphprune.record import Record, Share
 from graphprune.result import Result
 

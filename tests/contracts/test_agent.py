@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from graphprune.agents import AGENTS, create
-from graphprune.problem import BudgetSpent, Choices, Problem, Sum
 from graphprune.record import Record
+from graphprune.searching.problem import BudgetSpent, Choices, Problem, Sum
 from tests.agents.toys import problem, watched, with_branch
 
 EVERY = sorted(AGENTS)

@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import nn
 
-from graphprune.cuts import resolve
+from graphprune.coupling.graph import ModelGraph, Site
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.cuts import resolve
+from graphprune.cutting.surgery import example_inputs, operate
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
-from graphprune.export import onnx_bytes
-from graphprune.graph import ModelGraph, Site
-from graphprune.onnx_surgery import OnnxSurgeon
+from graphprune.onnx_files.export import onnx_bytes
+from graphprune.onnx_files.surgery import OnnxSurgeon
 from graphprune.pattern import Level, Pattern, Scores
 from graphprune.plan import Choice, Plan
-from graphprune.profile import Profile
 from graphprune.registry import pattern as pattern_called
 from graphprune.registry import patterns
-from graphprune.surgery import example_inputs, operate
-from graphprune.tracing import trace
+from graphprune.timing.profile import Profile
 from tests.graphprune.networks import NETWORKS, Tensors
 from tests.graphprune.oracle import masked_outputs, outputs_of, relative_error, scramble
 from tests.graphprune.tiny import Weighted

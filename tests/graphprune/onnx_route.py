@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import graphprune as gp
+from graphprune.coupling.graph import ModelGraph, Site
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import StepError
-from graphprune.graph import ModelGraph, Site
 from graphprune.plan import Choice, Plan
 from tests.graphprune.oracle import outputs_of, relative_error
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from graphprune.axes import Form
-from graphprune.cuts import Cuts
-from graphprune.graph import Branch, ModelGraph, Site
+from graphprune.coupling.axes import Form
+from graphprune.coupling.graph import Branch, ModelGraph, Site
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.cuts import Cuts
+from graphprune.cutting.surgery import Operation, perform
 from graphprune.plan import Choice, Plan
-from graphprune.surgery import Operation, perform
-from graphprune.tracing import trace
 
 Keep = dict[int, tuple[int, ...]]
 EXACT = {torch.float64: 1e-10, torch.float32: 1e-5}

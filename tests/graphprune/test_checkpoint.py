@@ -18,14 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphprune import models, surgery, tensors
+from graphprune import models
 from graphprune.checkpoint import load, read_result, save
+from graphprune.coupling.tracing import trace
+from graphprune.cutting import surgery
 from graphprune.errors import InputError
+from graphprune.files import tensors
 from graphprune.plan import Choice, Plan
 from graphprune.record import Record, Share
 from graphprune.result import Result
 from graphprune.target import Target
-from graphprune.tracing import trace
 
 SPEC = "cifar:resnet20?num_classes=4"
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -21,14 +21,16 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import graphprune as gp
-from graphprune import atomic, checkpoint, cli, delivery, grid, models
+from graphprune import checkpoint, cli, delivery, models
 from graphprune.commands import base
 from graphprune.commands.base import Answer, Verb
 from graphprune.counting import count
 from graphprune.engines import fake
 from graphprune.engines.fake import FakeEngine
 from graphprune.errors import InputError, StepError
-from graphprune.profile import Profile
+from graphprune.files import atomic
+from graphprune.reporting import grid
+from graphprune.timing.profile import Profile
 
 VIT = "timm:vit_tiny_patch16_224?img_size=32&patch_size=8&embed_dim=48&depth=2&num_heads=3&num_classes=2"
 OTHER_VIT = VIT.replace("embed_dim=48", "embed_dim=96")

@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional
 
 from graphprune.counting import Counts, count
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.surgery import apply
 from graphprune.errors import InputError
 from graphprune.models import create
-from graphprune.surgery import apply
-from graphprune.tracing import trace
 from graphprune.uniform import uniform_plan
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from graphprune.coupling.tracing import trace
 from graphprune.plan import Choice, Plan
-from graphprune.tracing import trace
 from tests.graphprune.networks import NETWORKS, Attention, tokens, vgg
 from tests.graphprune.oracle import (
     check_masked_equivalence,

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune.tracing import trace
+from graphprune.coupling.tracing import trace
 from tests.graphprune.oracle import check_masked_equivalence, random_plan, scramble
 from tests.graphprune.random_networks import BLOCKS, networks
 

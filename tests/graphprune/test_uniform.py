@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from graphprune.coupling.graph import ModelGraph
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.surgery import apply
 from graphprune.engines.fake import FakeEngine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
-from graphprune.graph import ModelGraph
 from graphprune.models import create
 from graphprune.plan import Plan
-from graphprune.profile import Profile
-from graphprune.surgery import apply
-from graphprune.timings import TimingFile, default_cache_path
-from graphprune.tracing import trace
+from graphprune.timing.profile import Profile
+from graphprune.timing.timings import TimingFile, default_cache_path
 from graphprune.uniform import ALIGN, cached_block, magnitudes, uniform_plan
 
 

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.calibration import Statistics
-from graphprune.candidates import Candidates
+from graphprune.coupling.graph import ModelGraph
+from graphprune.coupling.operators import Operator
 from graphprune.engines.base import Engine
 from graphprune.engines.fake import FakeEngine
-from graphprune.graph import ModelGraph
-from graphprune.operators import Operator
-from graphprune.profile import MOST_GAIN
 from graphprune.registry import patterns
-from graphprune.task import Task
+from graphprune.repairing.calibration import Statistics
+from graphprune.searching.candidates import Candidates
+from graphprune.tasks.task import Task
+from graphprune.timing.profile import MOST_GAIN
 from tests.graphprune.networks import conv_bn
 
 CLASSES = 4

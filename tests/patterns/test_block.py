@@ -14,28 +14,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graphprune import candidates as tables
-from graphprune import checkpoint, exporters, models
-from graphprune.branches import outermost
-from graphprune.calibration import calibrate
-from graphprune.candidates import Candidates
+from graphprune import checkpoint, models
 from graphprune.counting import count
-from graphprune.cuts import Cuts, join, resolve
-from graphprune.drawing import PlanLabels, draw
+from graphprune.coupling.branches import outermost
+from graphprune.coupling.graph import ModelGraph, Site
+from graphprune.coupling.operators import Absent
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.cuts import Cuts, join, resolve
+from graphprune.cutting.exported import cut_program, literal_changes
+from graphprune.cutting.surgery import Operation, operate, perform
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
-from graphprune.evaluation import Workbench
-from graphprune.export import export_onnx, onnx_bytes
-from graphprune.exported import cut_program, literal_changes
-from graphprune.graph import ModelGraph, Site
-from graphprune.operators import Absent
+from graphprune.onnx_files import exporters
+from graphprune.onnx_files.export import export_onnx, onnx_bytes
 from graphprune.plan import Choice, Plan
-from graphprune.profile import MOST_GAIN
 from graphprune.record import Record
-from graphprune.repair import make_reference, repair
+from graphprune.repairing.calibration import calibrate
+from graphprune.repairing.repair import make_reference, repair
+from graphprune.reporting.drawing import PlanLabels, draw
 from graphprune.result import Result
-from graphprune.surgery import Operation, operate, perform
+from graphprune.searching import candidates as tables
+from graphprune.searching.candidates import Candidates
+from graphprune.searching.evaluation import Workbench
 from graphprune.target import Target
-from graphprune.tracing import trace
+from graphprune.timing.profile import MOST_GAIN
 from graphprune.uniform import uniform_plan
 from tests.graphprune import tiny
 from tests.graphprune.networks import NETWORKS, Attention, Mixer, SwiGlu, Tensors, conv_bn, images, timm_model, tokens

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphprune.graph import Site
+from graphprune.coupling.graph import Site
 from graphprune.patterns.filter import Filter
 
 

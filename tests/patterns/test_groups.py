@@ -14,28 +14,28 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn import functional
 
-from graphprune import candidates as tables
-from graphprune.calibration import Statistics, calibrate
-from graphprune.candidates import Candidates
-from graphprune.compensation import Loss
 from graphprune.counting import count
-from graphprune.cuts import resolve
-from graphprune.division import GroupedLinear
-from graphprune.drawing import PlanLabels, draw
+from graphprune.coupling.graph import ModelGraph, Site
+from graphprune.coupling.operators import Absent, Convolution, Operator
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.cuts import resolve
+from graphprune.cutting.division import GroupedLinear
+from graphprune.cutting.exported import cut_program
+from graphprune.cutting.surgery import apply, operate
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
-from graphprune.export import onnx_bytes
-from graphprune.exported import cut_program
-from graphprune.graph import ModelGraph, Site
-from graphprune.grid import describe
-from graphprune.onnx_surgery import OnnxSurgeon
-from graphprune.operators import Absent, Convolution, Operator
+from graphprune.onnx_files.export import onnx_bytes
+from graphprune.onnx_files.surgery import OnnxSurgeon
 from graphprune.pattern import Level, shared_equally
 from graphprune.patterns.groups import Groups
 from graphprune.plan import Choice, Plan
-from graphprune.repair import make_reference, repair
-from graphprune.surgery import apply, operate
-from graphprune.tracing import trace
+from graphprune.repairing.calibration import Statistics, calibrate
+from graphprune.repairing.compensation import Loss
+from graphprune.repairing.repair import make_reference, repair
+from graphprune.reporting.drawing import PlanLabels, draw
+from graphprune.reporting.grid import describe
+from graphprune.searching import candidates as tables
+from graphprune.searching.candidates import Candidates
 from tests.graphprune.networks import Chain
 from tests.graphprune.oracle import masked_outputs, outputs_of, relative_error, scramble
 from tests.graphprune.tiny import LinearProfile, candidates

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from graphprune.graph import Site
+from graphprune.coupling.graph import Site
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.surgery import perform
 from graphprune.patterns.heads import Heads
-from graphprune.surgery import perform
-from graphprune.tracing import trace
 from tests.graphprune.networks import Attention, tokens
 from tests.graphprune.oracle import scramble
 

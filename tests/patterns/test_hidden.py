@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from graphprune.graph import ModelGraph, Site
+from graphprune.coupling.graph import ModelGraph, Site
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.surgery import perform
 from graphprune.patterns.hidden import Hidden
-from graphprune.surgery import perform
-from graphprune.tracing import trace
 from tests.graphprune.networks import SwiGlu, tokens
 from tests.graphprune.oracle import scramble
 

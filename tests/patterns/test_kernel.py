@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from graphprune.coupling.graph import Site
+from graphprune.coupling.operators import Convolution
+from graphprune.cutting.window import windowed
 from graphprune.errors import InputError
-from graphprune.graph import Site
-from graphprune.operators import Convolution
 from graphprune.patterns.kernel import Kernel
-from graphprune.window import windowed
 
 PICTURES = {
     "3x2 left": "xx. xx. xx.",

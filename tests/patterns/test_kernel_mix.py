@@ -8,23 +8,23 @@ import pytest
 import torch
 from torch import nn
 
-from graphprune.calibration import calibrate
-from graphprune.candidates import kept_features
-from graphprune.compensation import Loss
-from graphprune.cuts import Cuts, resolve
+from graphprune.coupling.graph import ModelGraph, Site
+from graphprune.coupling.operators import Convolution, Mixture
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.cuts import Cuts, resolve
+from graphprune.cutting.routes import Route
+from graphprune.cutting.surgery import cut_along, operate
+from graphprune.cutting.window import MixedConv2d
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
-from graphprune.export import onnx_bytes
-from graphprune.graph import ModelGraph, Site
-from graphprune.operators import Convolution, Mixture
+from graphprune.onnx_files.export import onnx_bytes
 from graphprune.pattern import Level
 from graphprune.patterns.kernel_mix import KernelMix
 from graphprune.plan import Choice, Plan
-from graphprune.repair import make_reference, repair
-from graphprune.routes import Route
-from graphprune.surgery import cut_along, operate
-from graphprune.tracing import trace
-from graphprune.window import MixedConv2d
+from graphprune.repairing.calibration import calibrate
+from graphprune.repairing.compensation import Loss
+from graphprune.repairing.repair import make_reference, repair
+from graphprune.searching.candidates import kept_features
 from tests.graphprune.networks import conv_bn
 from tests.graphprune.oracle import masked_outputs, outputs_of, relative_error, scramble
 from tests.graphprune.tiny import LinearProfile, candidates

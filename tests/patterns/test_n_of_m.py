@@ -12,36 +12,36 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune import candidates as tables
-from graphprune import surgery
-from graphprune.calibration import calibrate
-from graphprune.compensation import Loss
 from graphprune.counting import count
-from graphprune.cuts import Cuts, resolve
-from graphprune.drawing import PlanLabels, draw
+from graphprune.coupling.graph import ModelGraph, Site
+from graphprune.coupling.operators import Absent, Masked
+from graphprune.coupling.tracing import trace
+from graphprune.cutting import surgery
+from graphprune.cutting.cuts import Cuts, resolve
+from graphprune.cutting.masked import MaskedConv2d, MaskedLinear
+from graphprune.cutting.routes import Route
+from graphprune.cutting.semi_structured import is_two_to_four
+from graphprune.cutting.surgery import cut_along, operate
 from graphprune.engines import fake
 from graphprune.engines.fake import FakeEngine
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
 from graphprune.errors import InputError
-from graphprune.graph import ModelGraph, Site
-from graphprune.masked import MaskedConv2d, MaskedLinear
-from graphprune.operators import Absent, Masked
 from graphprune.pattern import Level
 from graphprune.patterns.n_of_m import NOfM, mask_plan
 from graphprune.plan import Choice, Plan
-from graphprune.recipe import Recipe
 from graphprune.record import Record
 from graphprune.registry import chosen_patterns
-from graphprune.repair import make_reference, repair
+from graphprune.repairing.calibration import calibrate
+from graphprune.repairing.compensation import Loss
+from graphprune.repairing.repair import make_reference, repair
+from graphprune.reporting.drawing import PlanLabels, draw
 from graphprune.result import Result
-from graphprune.routes import Route
-from graphprune.semi_structured import is_two_to_four
-from graphprune.surgery import cut_along, operate
-from graphprune.tracing import trace
+from graphprune.searching import candidates as tables
+from graphprune.training.recipe import Recipe
 from tests.graphprune.networks import conv_bn
 from tests.graphprune.onnx_route import difference
 from tests.graphprune.oracle import masked_outputs, outputs_of, relative_error, scramble
-from tests.graphprune.searching import run, shared_cache  # noqa: F401 - a fixture of every search
+from tests.graphprune.small_search import run, shared_cache  # noqa: F401 - a fixture of every search
 from tests.graphprune.tiny import CLASSES, LinearProfile, candidates, task
 
 MASK = NOfM()

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from graphprune.cuts import resolve
+from graphprune.coupling.graph import ModelGraph, Site
+from graphprune.coupling.tracing import trace
+from graphprune.cutting.cuts import resolve
+from graphprune.cutting.surgery import operate, perform
 from graphprune.engines.onnxruntime import OnnxRuntimeEngine
-from graphprune.export import onnx_bytes
-from graphprune.graph import ModelGraph, Site
+from graphprune.onnx_files.export import onnx_bytes
 from graphprune.patterns.width import Width
 from graphprune.plan import Choice, Plan
-from graphprune.surgery import operate, perform
-from graphprune.tracing import trace
 from tests.graphprune.networks import Attention, Mixer, SwiGlu, Tensors, images, timm_model, tokens
 from tests.graphprune.oracle import masked_outputs, outputs_of, relative_error, scramble
 

@@ -1,0 +1,1 @@
+"""ONNX in and out: files that become modules, modules that become files, and cuts in the files themselves."""

@@ -1,0 +1,1 @@
+"""What agents are asked, how their answers are judged, and where that is kept."""

@@ -1,0 +1,1 @@
+"""The data a network is calibrated, judged and trained on."""
