@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"graphprune": "graphprune", "patterns": "graphprune.patterns", "agents": "graphprune.agents"}
 INFERENCE = {"onnxruntime", "openvino", "tensorrt"}
 LAYERS = (
-    "models", "files", "engines", "coupling", "cutting", "onnx_files", "repairing", "timing", "tasks", "training",
+    "files", "models", "engines", "coupling", "cutting", "onnx_files", "repairing", "timing", "tasks", "training",
     "searching", "reporting", "commands",
 )  # fmt: skip
 """The folders of `graphprune`, each of which reads those before it alone."""

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from graphprune.errors import InputError
-from graphprune.models.weights import read_tensors
+from graphprune.files.weights import read_tensors
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

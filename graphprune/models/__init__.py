@@ -15,8 +15,8 @@ import torchvision
 from torch import nn
 
 from graphprune.errors import InputError
+from graphprune.files.weights import load_weights
 from graphprune.models.cifar import NETWORKS
-from graphprune.models.weights import load_weights
 
 LIBRARIES = ("timm", "torchvision", "cifar")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from graphprune import models
 from graphprune.errors import InputError
-from graphprune.models.weights import load_weights
+from graphprune.files.weights import load_weights
 
 
 def network() -> nn.Module:
