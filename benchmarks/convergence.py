@@ -75,12 +75,14 @@ EARLIER = {"resnet20": "resnet56", "resnet56": "resnet20", "vit": "resnet20"}
 """Model -> the one whose search is its history."""
 EARLIER_SEED = 1000
 SCRATCH = "amc"
+COLUMNS = 2
+"""Panels side by side."""
 FAMILIES: dict[str, Callable[[str], bool]] = {
     "all agents": lambda agent: ":" not in agent,
     "what autosculpt sees": lambda agent: agent.startswith("autosculpt"),
     "what amc takes from history": lambda agent: agent.startswith(SCRATCH),
 }
-"""Rows of panels -> which agents are in them."""
+"""What panels compare -> which agents are in them."""
 Line = dict[str, Any]
 """One search: model, agent, seed, trials, `accuracy` of each trial (None where it missed the target or failed), ..."""
 
@@ -205,28 +207,25 @@ def reached(values: Sequence[float], goal: float) -> int | None:
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
-    """A column for each model and its tables, a row for each of `FAMILIES`: the mean over seeds of the best accuracy so
-    far, and the range.
+    """A panel for each model, its tables and each of `FAMILIES` that has several agents there: the mean over seeds of
+    the best accuracy so far, and the range.
     """
-    cases = list(dict.fromkeys(map(case, lines)))
     agents = list(dict.fromkeys(line["agent"] for line in lines))
-    shown = {title: own for title, belongs in FAMILIES.items() if len(own := list(filter(belongs, agents))) > 1}
-    shown = shown or {"one agent": agents}
-    figure = Figure(figsize=(6.4 * len(cases), 4.6 * len(shown)), layout="constrained")
-    panels = figure.subplots(len(shown), len(cases), squeeze=False)
-    for (row, (title, own)), (column, shared) in product(enumerate(shown.items()), enumerate(cases)):
-        curves = {
-            agent: 100 * np.array([curve(line) for line in lines if (case(line), line["agent"]) == (shared, agent)])
-            for agent in own
-        }
-        some = {agent: found for agent, found in curves.items() if np.isfinite(found).any()}
-        if some:
-            panel(panels[row, column], some, agents)
-            panels[row, column].set_title(f"{shared[0]}: {title}", fontsize=11)
-        else:
-            panels[row, column].set_axis_off()
+    panels = []
+    for (title, belongs), shared in product(FAMILIES.items(), dict.fromkeys(map(case, lines))):
+        own = [line for line in lines if case(line) == shared and belongs(line["agent"])]
+        found = {agent: [curve(line) for line in own if line["agent"] == agent] for agent in agents}
+        curves = {agent: 100 * np.array(some) for agent, some in found.items() if np.isfinite(some).any()}
+        if len(curves) > 1:
+            panels.append((f"{shared[0]}, {title} (tables: {shared[1]})", curves))
+    rows = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(6.4 * COLUMNS, 4.6 * rows), layout="constrained")
+    for number, (title, curves) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, COLUMNS, number)
+        panel(axes, curves, agents)
+        axes.set_title(title, fontsize=11)
     figure.suptitle(f"without fine-tuning, at {LATENCY:.0%} of the dense latency; mean and range of seeds", fontsize=11)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def panel(axes: Axes, curves: dict[str, NDArray[np.float64]], agents: Sequence[str]) -> None:
