@@ -10,6 +10,7 @@ import torch
 
 from graphprune.engines.fake import FakeEngine
 from graphprune.result import Result
+from graphprune.searching import verification
 from graphprune.searching.probing import PROBES
 from graphprune.searching.study import Study, label, list_studies
 from graphprune.target import Target
@@ -30,8 +31,9 @@ def test_same_seed_same_plans() -> None:
 
 
 def test_a_second_run_evaluates_nothing_anew_and_a_killed_one_loses_the_trial_in_flight(
-    tmp_path: Path, builds: Builds
+    tmp_path: Path, builds: Builds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(verification, "LOOSENED", ())
     whole = run(study=tmp_path / "whole.db")
     needed = len(builds.cuts)
     assert needed > PROBES + 3
@@ -56,6 +58,19 @@ def test_a_second_run_evaluates_nothing_anew_and_a_killed_one_loses_the_trial_in
         builds.restart()
         same(run(study=file), whole)
         assert len(builds.cuts) == needed - (killed_at - 1)
+
+
+def test_one_that_is_killed_while_room_is_given_back_ends_the_same(tmp_path: Path, builds: Builds) -> None:
+    whole = run(study=tmp_path / "whole.db")
+    needed = len(builds.cuts)
+    assert needed - len(stored_records(tmp_path / "whole.db")) > 1, "more than one plan is verified"
+    for killed_at in (needed - 1, needed):
+        file = tmp_path / f"{killed_at}.db"
+        builds.restart(stop_at=killed_at)
+        with pytest.raises(KeyboardInterrupt):
+            run(study=file)
+        builds.restart()
+        same(run(study=file), whole)
 
 
 def test_a_search_that_goes_on_keeps_what_it_verified(tmp_path: Path) -> None:
