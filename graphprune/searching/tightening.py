@@ -34,8 +34,10 @@ def loosened(problem: Problem, choices: Choices, overrun: float) -> Choices | No
         changed = problem.singles(plan)
         costs = problem.overruns(changed)
         spent = np.maximum(costs - problem.overrun(plan), ROUNDING)
-        less = problem.error(plan) - problem.error.batch(changed)
-        rates = np.where((costs <= overrun + ROUNDING) & (less > 0), less / spent, 0.0)
+        error = problem.error(plan)
+        less = error - problem.error.batch(changed)
+        enough = less > ROUNDING * error  # what only rounding tells apart would be exchanged for ever
+        rates = np.where((costs <= overrun + ROUNDING) & enough, less / spent, 0.0)
         if not rates.any():
             break
         plan = tuple(changed[rates.argmax()].tolist())

@@ -1,11 +1,13 @@
 """A plan is cut more or less: as much as was asked for, as cheap in error as the best such plans or nearly so."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
-from graphprune.searching.problem import ROUNDING
+from graphprune.searching.problem import ROUNDING, Sum
 from graphprune.searching.tightening import loosened, tightened
 from tests.agents.toys import problem as toy
 
@@ -42,6 +44,19 @@ def test_room_is_used_until_no_change_fits(seed: int) -> None:
         others = made.singles(found)
         better = made.error.batch(others) < made.error(found)
         assert not (better & (made.overruns(others) <= overrun)).any()
+
+
+class Above(Sum):
+    """A sum that is a little larger for one choice vector than for the same one among others."""
+
+    def __call__(self, choices: Sequence[int]) -> float:
+        return super().__call__(choices) * (1 + 1e-15)
+
+
+def test_plans_that_only_rounding_tells_apart_are_alike() -> None:
+    made = toy(seed=0, sizes=(3, 4), limit=0.9)
+    level = made.error.weighted([0.0] * len(made.error.factors))
+    assert loosened(replace(made, error=Above(1.0, level.factors)), made.cheapest, 10.0) is None
 
 
 def test_where_there_is_no_room_nothing_is_loosened() -> None:
