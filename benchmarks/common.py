@@ -9,7 +9,7 @@ import gc
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +85,11 @@ def raw(measured: Share) -> dict[str, list[float]]:
         "dense_seconds": [round(sample, 9) for sample in measured.dense],
         "seconds": [round(sample, 9) for sample in measured.candidate],
     }
+
+
+def case(line: Mapping[str, Any]) -> tuple[str, str]:
+    """Model and tables of a search of `convergence.py`: what searches must have in common to compare."""
+    return line["model"], line.get("tables", "earlier")
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -35,7 +35,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from common import claimed, prepared, result_file, spread, trained_parser
+from common import case, claimed, prepared, result_file, spread, trained_parser
 from equal_latency import Rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -147,11 +147,6 @@ def tables(session: Session) -> str:
     return sha256(packed).hexdigest()[:8]
 
 
-def case(line: Line) -> tuple[str, str]:
-    """Model and tables: what searches must have in common to compare."""
-    return line["model"], line.get("tables", "earlier")
-
-
 def counted(record: Record) -> float | None:
     """The accuracy of a record that meets the target."""
     return record.accuracy if record.feasible else None
@@ -207,8 +202,8 @@ def reached(values: Sequence[float], goal: float) -> int | None:
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
-    """A panel for each model, its tables and each of `FAMILIES` that has several agents there: the mean over seeds of
-    the best accuracy so far, and the range.
+    """A panel for each model, its tables and each of `FAMILIES` that has several agents there, or for single ones where
+    none has: the mean over seeds of the best accuracy so far, and the range.
     """
     agents = list(dict.fromkeys(line["agent"] for line in lines))
     panels = []
@@ -216,9 +211,10 @@ def plot(lines: Sequence[Line], path: Path) -> None:
         own = [line for line in lines if case(line) == shared and belongs(line["agent"])]
         found = {agent: [curve(line) for line in own if line["agent"] == agent] for agent in agents}
         curves = {agent: 100 * np.array(some) for agent, some in found.items() if np.isfinite(some).any()}
-        if len(curves) > 1:
+        if curves:
             panels.append((f"{shared[0]}, {title} (tables: {shared[1]})", curves))
-    rows = -(-len(panels) // COLUMNS)
+    panels = [(title, curves) for title, curves in panels if len(curves) > 1] or panels
+    rows = max(1, -(-len(panels) // COLUMNS))
     figure = Figure(figsize=(6.4 * COLUMNS, 4.6 * rows), layout="constrained")
     for number, (title, curves) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, COLUMNS, number)

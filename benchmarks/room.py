@@ -18,7 +18,7 @@ from typing import Any
 
 from common import prepared, raw, result_file, trained_parser
 from equal_latency import Rows
-from unseen import plan_of, unseen
+from unseen import facts, plan_of, unseen
 
 from graphprune.machine import environment
 from graphprune.record import Record
@@ -27,9 +27,8 @@ from graphprune.searching.verification import Verification, Verified
 from graphprune.tasks.task import Task
 
 LATENCY = 0.5
-KEYS = ("model", "agent", "seed", "trials")
 Line = dict[str, Any]
-"""A search: `KEYS`, and `before` and `after` that: latency, accuracy on seen and on unseen images, samples."""
+"""A search by its `facts`; `before` and `after` its room is used: latency, accuracy on seen and unseen images, samples."""
 
 
 def arguments() -> argparse.Namespace:
@@ -52,10 +51,10 @@ def room(session: Session, line: Line, others: Task) -> Line:
     assert found is not None, verification.failures
     first = verification.judged(found)
     last = verification.loosened(first) if first.holds else first
-    return {key: line[key] for key in KEYS} | {"before": facts(first, others), "after": facts(last, others)}
+    return facts(line) | {"before": outcome(first, others), "after": outcome(last, others)}
 
 
-def facts(found: Verified, others: Task) -> Line:
+def outcome(found: Verified, others: Task) -> Line:
     """What is published of a plan."""
     record, measured = found.record, found.record.measured
     assert measured is not None
@@ -86,7 +85,7 @@ def main() -> None:
     searches = [line for line in json.loads(options.results.read_text())["searches"] if line["met"]]
     for model in options.models.split(","):
         own = [line for line in searches if line["model"] == model and line["agent"] in options.agents.split(",")]
-        missing = [line for line in own if not kept.has(**{key: line[key] for key in KEYS})]
+        missing = [line for line in own if not kept.has(**facts(line))]
         if missing:
             session = prepared(model, options, LATENCY)
             others = unseen(session.task, options.data)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import zoo
-from common import raw, result_file, spread
+from common import case, raw, result_file, spread
 from equal_latency import Rows
 
 import graphprune as gp
@@ -99,14 +99,20 @@ class Judge:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """A row for each agent on a model with so many trials."""
-    text = [f"{'model':16} {'trials':>6} {'agent':24} {'best seen':>24} {'returned, unseen':>24}   latency"]
-    groups = dict.fromkeys((line["model"], line["trials"], line["agent"]) for line in lines)
-    for model, trials, agent in groups:
-        own = [line for line in lines if (line["model"], line["trials"], line["agent"]) == (model, trials, agent)]
+    """A row for each agent on a model and its tables with so many trials."""
+    text = [
+        f"{'model':16} {'tables':8} {'trials':>6} {'agent':24} {'best seen':>24} {'returned, unseen':>24}   latency"
+    ]
+    groups = dict.fromkeys((case(line), line["trials"], line["agent"]) for line in lines)
+    for (model, tables), trials, agent in groups:
+        own = [x for x in lines if (case(x), x["trials"], x["agent"]) == ((model, tables), trials, agent)]
         cells = (spread([line[name] for line in own]) for name in ("best", "unseen"))
         latency = ", ".join(f"{line['latency'][0]:.3f}" for line in own if "latency" in line)
-        text.append(f"{model:16} {trials:6} {agent:24} " + " ".join(f"{cell:>24}" for cell in cells) + f"   {latency}")
+        text.append(
+            f"{model:16} {tables:8} {trials:6} {agent:24} "
+            + " ".join(f"{cell:>24}" for cell in cells)
+            + f"   {latency}"
+        )
     return "\n".join(text)
 
 
@@ -141,7 +147,7 @@ def judged(model: str, searches: Sequence[Line], kept: Rows, options: argparse.N
 
 def facts(search: Line) -> Line:
     """What a judged plan is known by."""
-    return {key: search[key] for key in (*KEYS, "plan")}
+    return {key: search[key] for key in (*KEYS, "plan")} | {"tables": case(search)[1]}
 
 
 def plan_of(line: Line) -> Plan:

@@ -1,10 +1,11 @@
 """What the comparisons of agents publish of their searches, on curves that can be worked out by hand."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
-from convergence import curve, reached, sooner, table
+from convergence import curve, plot, reached, sooner, table
 from tradeoff import BUDGETS, MARGIN, areas
 
 
@@ -56,3 +57,9 @@ def test_only_searches_on_the_same_tables_are_put_together():
     first, second = table(lines).splitlines()[1:]
     assert first.split()[:4] == ["some", "earlier", "dp", "50.0%"]
     assert second.split()[:4] == ["some", "3f", "dp", "80.0%"]
+
+
+@pytest.mark.parametrize("agents", [["dp"], ["amc:transfer"], ["dp", "amc", "amc:transfer"]])
+def test_one_agent_alone_is_drawn_too(agents: list[str], tmp_path: Path):
+    plot([search(agent, [None, 0.5, 0.6]) for agent in agents], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
