@@ -28,7 +28,7 @@ from graphprune.tasks.task import Task
 
 LATENCY = 0.5
 Line = dict[str, Any]
-"""A search by its `facts`; `before` and `after` its room is used: latency, accuracy on seen and unseen images, samples."""
+"""A search by its `facts`; `before` and `after` its room is used: latency, accuracy on seen and unseen images."""
 
 
 def arguments() -> argparse.Namespace:
