@@ -214,9 +214,9 @@ def problem(seed: int, model: nn.Module, task: gp.Task) -> Problem:
         "flops": candidates.cost(lambda operator: operator.flops, counts.flops),
         "params": candidates.cost(lambda operator: operator.parameters, counts.params),
     }
-    parts: dict[str, Any] = dict.fromkeys(("module", "task", "target", "engine", "bench", "study", "dense"))
+    parts: dict[str, Any] = dict.fromkeys(("module", "task", "target", "bench", "study", "dense", "stopwatch"))
     session = Session(
-        graph=graph, candidates=candidates, costs=costs, limits={}, error=candidates.error(), dense_onnx=b"",
+        graph=graph, candidates=candidates, costs=costs, limits={}, error=candidates.error(),
         progress=lambda *_: None, **parts,
     )  # fmt: skip
     return session.problem(0, dict.fromkeys(costs, 1.0))  # as a search makes it: what agents see cannot differ

@@ -58,7 +58,7 @@ KINDS: dict[str, Callable[[Problem, np.random.Generator], list[Choices]]] = {
 def measure(session: Session, plan: Choices, predicted: float) -> Line:
     """A plan's measured share of the dense latency, beside what is predicted."""
     cuts, example = session.candidates.cuts(plan), session.task.example_inputs
-    found = timed(session.bench, cuts, session.dense_onnx, example, session.engine, ROUNDS)
+    found = timed(session.bench, cuts, session.stopwatch.dense, example, session.stopwatch.engine, ROUNDS)
     assert found is not None, "every plan that is offered runs"
     return {"choices": list(plan), "predicted": predicted, "measured": found.value, **raw(found)}
 

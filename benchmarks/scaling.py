@@ -193,9 +193,9 @@ def stated(meter: Meter, graph: ModelGraph, candidates: Candidates) -> Problem:
     """The tables, and the problem that a search makes of them. Raises StepError where nothing meets the target."""
     error = meter("tables: errors", candidates.error)
     costs = {"latency": meter("tables: latency", lambda: latency_cost(candidates))}
-    parts: dict[str, Any] = dict.fromkeys(("module", "task", "target", "engine", "bench", "study", "dense"))
+    parts: dict[str, Any] = dict.fromkeys(("module", "task", "target", "bench", "study", "dense", "stopwatch"))
     session = Session(
-        graph=graph, candidates=candidates, costs=costs, limits={}, error=error, dense_onnx=b"",
+        graph=graph, candidates=candidates, costs=costs, limits={}, error=error,
         progress=lambda *_: None, **parts,
     )  # fmt: skip
 

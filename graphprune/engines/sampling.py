@@ -19,8 +19,11 @@ from graphprune.errors import InputError, StepError
 SAMPLE_SECONDS = 1e-3
 """A sample is the mean of as many runs as take this long, so that the clock and a single interrupt weigh little."""
 
-ATTEMPTS = 6
+ATTEMPTS = 4
 """How often a sample is taken at most, where other processes take the processor away while it is."""
+
+SCHEDULED = Path("/proc/thread-self/schedstat")
+"""Where Linux tells of this thread: nanoseconds on a processor, nanoseconds of waiting for one, and turns."""
 
 SEED = 0
 """Of the random inputs and of the order of models in a round."""
@@ -34,7 +37,9 @@ def interleaved(load: Callable[[Model], Run], models: Sequence[Model], rounds: i
 
     A sample is the mean of enough runs to take about a millisecond, after one untimed run that brings the model's own
     weights back into the caches, as in deployment; one during which this process had to give way to another is taken
-    again. A model that fails, in `load` too, gets a Timing with the error.
+    again. Beside busy processes a long run always gives way, a short one seldom, so that waiting would distort ratios:
+    what the system says that this thread waited is not counted. A model that fails, in `load` too, gets a Timing with
+    the error.
     """
     timers = [_Timer.start(load, model) for model in models]
     order = random.Random(SEED)
@@ -89,13 +94,21 @@ class _Timer:
 
 
 def _timed(run: Run, runs: int) -> tuple[bool, float]:
-    """Whether another process got the processor meanwhile, and the seconds of one of several runs after a first one."""
+    """Whether another process got the processor meanwhile, and the seconds of one of several runs after a first one.
+
+    Reading how long one waited takes time itself, so the clock that does without is preferred where nobody interfered.
+    """
     run()
-    before, start = _preemptions(), time.perf_counter()
+    outer, waited, preemptions = time.perf_counter(), _waited(), _preemptions()
+    start = time.perf_counter()
     for _ in range(runs):
         run()
-    seconds = (time.perf_counter() - start) / runs
-    return _preemptions() > before, seconds
+    seconds = time.perf_counter() - start
+    disturbed = _preemptions() > preemptions
+    if disturbed:
+        waited = _waited() - waited
+        seconds = time.perf_counter() - outer - waited  # in this order, so that never too much is taken off
+    return disturbed, seconds / runs
 
 
 def _preemptions() -> int:
@@ -105,6 +118,13 @@ def _preemptions() -> int:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
     return 0
+
+
+def _waited() -> float:
+    """Seconds for which this thread was ready but had no processor so far; 0 where the system does not tell."""
+    with suppress(OSError):
+        return int(SCHEDULED.read_text(encoding="ascii").split()[1]) / 1e9
+    return 0.0
 
 
 def random_values(

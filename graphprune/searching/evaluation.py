@@ -16,13 +16,12 @@ from graphprune.cutting.cuts import Cuts
 from graphprune.cutting.parts import holds_node
 from graphprune.cutting.routes import Route
 from graphprune.cutting.surgery import cut_along, perform
-from graphprune.engines.base import Engine
 from graphprune.errors import StepError
 from graphprune.machine import environment
 from graphprune.onnx_files.export import onnx_bytes
 from graphprune.onnx_files.surgery import OnnxSurgeon
 from graphprune.plan import Plan
-from graphprune.record import Record, Share
+from graphprune.record import Record
 from graphprune.repairing.repair import Reference, repair
 from graphprune.searching.candidates import Candidates
 from graphprune.searching.deviation import Watched, first_outputs
@@ -31,9 +30,8 @@ from graphprune.searching.problem import Choices, Sum
 from graphprune.searching.study import Study
 from graphprune.tasks.sequential import Bar, hopeless
 from graphprune.tasks.task import Answers, Task, predict
-from graphprune.timing.measure import measure
+from graphprune.timing.quiet import Stopwatch
 
-TRIAL_ROUNDS = 20
 Listener = Callable[[Record], None]
 
 
@@ -127,8 +125,7 @@ class Evaluator:
     candidates: Candidates
     costs: Mapping[str, Sum]
     limits: Mapping[str, float]
-    engine: Engine
-    dense_onnx: bytes
+    stopwatch: Stopwatch
     study: Study
     plan_of: Callable[[Choices], Plan]
     agent: str
@@ -202,20 +199,12 @@ class Evaluator:
         )  # fmt: skip
         if always or (found.complete and found.accuracy > self.best and self._feasible(record)):
             exported = file or onnx_bytes(pruned, self.bench.task.example_inputs)
-            record = replace(record, measured=self.measure(exported))
+            record = replace(record, measured=self.stopwatch.share(exported))
         return record
 
     def predict(self, choices: Choices) -> dict[str, float]:
         """Predicted shares of the dense model."""
         return {name: cost(choices) for name, cost in self.costs.items()}
-
-    def measure(self, candidate: bytes, rounds: int = TRIAL_ROUNDS, fresh: bool = False) -> Share:
-        """The measured latency share of an ONNX model at batch 1. Raises StepError where it cannot be run."""
-        measurement = measure([self.dense_onnx, candidate], rounds=rounds, engine=self.engine, fresh=fresh)
-        share = measurement.shares[-1]
-        if share is None:
-            raise StepError(measurement.timings[-1].error or "the candidate could not be measured")
-        return share
 
     def _feasible(self, record: Record) -> bool:
         if record.error is not None or record.accuracy is None:

@@ -44,6 +44,7 @@ from graphprune.target import Target
 from graphprune.tasks.task import Task
 from graphprune.timing.measure import share
 from graphprune.timing.profile import Profile
+from graphprune.timing.quiet import Stopwatch
 
 if TYPE_CHECKING:
     from graphprune.agents.base import Agent
@@ -103,7 +104,6 @@ class Session:
     graph: ModelGraph
     task: Task
     target: Target
-    engine: Engine
     candidates: Candidates
     bench: Workbench
     costs: dict[str, Sum]
@@ -111,7 +111,7 @@ class Session:
     error: Sum
     study: Study
     dense: Record
-    dense_onnx: bytes
+    stopwatch: Stopwatch
     progress: Progress
 
     @classmethod
@@ -128,6 +128,7 @@ class Session:
         timing = engine.measure([dense_onnx])[0]
         if timing.error is not None:
             raise StepError(f"the dense model does not run: {timing.error}")
+        stopwatch = Stopwatch(engine, dense_onnx, timing.median)
         dense = Record(
             Plan(graph.signature, (), graph.inputs), _dense_accuracy(module, task), predicted={"latency": 1.0},
             measured=share(timing, timing, engine.identity), flops=counts.flops, params=counts.params,
@@ -135,20 +136,22 @@ class Session:
         )  # fmt: skip
         progress("trace", 1, 1, f"{len(graph.nodes)} operators, {len(graph.all_sites)} sites")
         statistics = calibrated(graph, task.calibration, partial(progress, "calibrate"))
+        stopwatch.look()
         profile = Profile(engine)
         candidates = Candidates(graph, profile, allowed, statistics)
         candidates.collect(lambda done, total: progress("profile", done, total, "operators"))
+        stopwatch.look()
         costs = {
             "latency": latency_cost(candidates),
             "flops": candidates.cost(lambda operator: operator.flops, counts.flops),
             "params": candidates.cost(lambda operator: operator.parameters, counts.params),
         }
-        limits = target.shares({"latency": timing.median, "flops": counts.flops, "params": counts.params})
+        limits = target.shares({"latency": stopwatch.fastest, "flops": counts.flops, "params": counts.params})
         bench = Workbench(module, graph, make_reference(graph, task.calibration), task)
         store = Study.open(study, _study_name(module, graph, task, engine), _labels(graph, profile))
         session = cls(
-            module, graph, task, target, engine, candidates, bench, costs, limits, candidates.error(), store,
-            dense, dense_onnx, progress,
+            module, graph, task, target, candidates, bench, costs, limits, candidates.error(), store,
+            dense, stopwatch, progress,
         )  # fmt: skip
         session.bench.probe(candidates.cuts(session.problem(1, session._aims()).completions[0]))
         session._correct_latency()
@@ -208,8 +211,7 @@ class Session:
 
     def _evaluator(self, problem: Problem, agent: str, seed: int) -> Evaluator:
         return Evaluator(
-            self.bench, self.candidates, self.costs, self.limits, self.engine, self.dense_onnx, self.study,
-            problem.plan, agent, seed,
+            self.bench, self.candidates, self.costs, self.limits, self.stopwatch, self.study, problem.plan, agent, seed
         )  # fmt: skip
 
     @cached_property

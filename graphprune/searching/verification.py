@@ -175,10 +175,10 @@ class Verification:
 
     def _measured(self, exported: bytes) -> Share:
         """The latency share of a file, with an interval that is narrow enough to decide."""
-        fresh = engines.settings_of(self.session.engine) is not None
-        measured = self.evaluator.measure(exported, VERIFY_ROUNDS, fresh)
+        fresh = engines.settings_of(self.session.stopwatch.engine) is not None
+        measured = self.evaluator.stopwatch.share(exported, VERIFY_ROUNDS, fresh)
         if measured.value <= self.session.limits.get("latency", 0.0) < measured.high:
-            measured = self.evaluator.measure(exported, CLOSE_ROUNDS, fresh)
+            measured = self.evaluator.stopwatch.share(exported, CLOSE_ROUNDS, fresh)
         return measured
 
 

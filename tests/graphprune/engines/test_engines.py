@@ -2,8 +2,12 @@
 
 import itertools
 import math
+import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -163,6 +167,7 @@ class Clock:
         self.taken_away: set[int] = set()
         """Runs (by number) during which another process gets the processor for a second."""
         self.preemptions = 0
+        self.waited = 0.0
 
     def perf_counter(self) -> float:
         return self.now
@@ -171,6 +176,7 @@ class Clock:
         def run(_outputs: None, _inputs: object) -> list[Any]:
             if len(self.runs) in self.taken_away:
                 self.now += 1
+                self.waited += 1
                 self.preemptions += 1
             self.now += self.seconds[model]
             self.runs.append(model)
@@ -198,9 +204,10 @@ def test_samples_are_long_enough_interleaved_and_shuffled(monkeypatch: pytest.Mo
     assert set(orders) == set(itertools.permutations(seconds))
 
 
-@pytest.mark.parametrize(("disturbed", "expected"), [(1, 0.0), (sampling.ATTEMPTS - 1, 0.0), (sampling.ATTEMPTS, 1.0)])
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("disturbed", [1, sampling.ATTEMPTS - 1, sampling.ATTEMPTS])
 def test_a_sample_during_which_the_processor_was_taken_away_is_taken_again(
-    disturbed: int, expected: float, monkeypatch: pytest.MonkeyPatch
+    disturbed: int, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds, warm_up = 2.0**-9, 4
     clock = Clock({b"model": seconds})
@@ -208,14 +215,55 @@ def test_a_sample_during_which_the_processor_was_taken_away_is_taken_again(
     monkeypatch.setattr(module.onnxruntime, "InferenceSession", clock.session)
     monkeypatch.setattr(sampling, "time", clock)
     monkeypatch.setattr(sampling, "_preemptions", lambda: clock.preemptions)
+    monkeypatch.setattr(sampling, "_waited", lambda: clock.waited if told else 0.0)
     (timing,) = OnnxRuntimeEngine().measure([b"model"], rounds=3)
-    assert timing.samples == (expected + seconds, seconds, seconds)
+    counted = 1.0 if disturbed == sampling.ATTEMPTS and not told else 0.0
+    assert timing.samples == (counted + seconds, seconds, seconds)
+
+
+def test_waiting_is_not_counted_where_every_take_is_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {b"dense": 2.0**-7, b"pruned": 2.0**-9}
+    clock = Clock(seconds)
+    clock.taken_away = set(range(1000))
+    monkeypatch.setattr(module.onnxruntime, "InferenceSession", clock.session)
+    monkeypatch.setattr(sampling, "time", clock)
+    monkeypatch.setattr(sampling, "_preemptions", lambda: len(clock.runs))
+    monkeypatch.setattr(sampling, "_waited", lambda: clock.waited)
+    dense, pruned = OnnxRuntimeEngine().measure(list(seconds), rounds=20)
+    assert (dense.median, pruned.median) == (seconds[b"dense"], seconds[b"pruned"])
 
 
 def test_giving_way_to_others_is_counted() -> None:
     resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
     assert before <= sampling._preemptions() <= resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+@pytest.mark.skipif(not sampling.SCHEDULED.exists(), reason="Linux tells how long a thread waits")
+def test_waiting_for_the_processor_is_told_in_seconds() -> None:
+    """Two threads of work on one processor: each waits while the other works."""
+    found: list[float] = []
+
+    def work() -> None:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        start, before = time.perf_counter(), sampling._waited()
+        np.sort(np.random.default_rng(0).normal(size=2_000_000))  # without the lock of the interpreter
+        found.extend([sampling._waited() - before, time.perf_counter() - start])
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    waited, elapsed = found[0] + found[2], found[1] + found[3]
+    assert 0 < waited < elapsed
+
+
+def test_the_time_of_waiting_is_unknown_where_the_system_does_not_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "SCHEDULED", tmp_path / "missing")
+    assert sampling._waited() == 0.0
 
 
 def test_the_processor_is_named() -> None:

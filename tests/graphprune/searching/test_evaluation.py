@@ -28,6 +28,7 @@ from graphprune.searching.problem import Choices, Sum
 from graphprune.searching.study import Study, label
 from graphprune.tasks.sequential import KEPT, Bar
 from graphprune.tasks.task import Task
+from graphprune.timing.quiet import Stopwatch
 from tests.graphprune import tiny
 from tests.graphprune.networks import Literal, images
 from tests.graphprune.tiny import candidates, fitted, task
@@ -64,11 +65,11 @@ class Parts:
     def evaluator(self, limits: dict[str, float], **changed: Any) -> Evaluator:
         """A new evaluator with an empty study."""
         options = {s.name: [label(d.pattern, d.level) for d in self.found.drafts[s.name][1:]] for s in self.found.sites}
-        given = {"engine": FakeEngine(), "study": Study.open(None, "tests", options), **changed}
+        stopwatch = Stopwatch(changed.pop("engine", FakeEngine()), self.dense_onnx)
+        given = {"study": Study.open(None, "tests", options), **changed}
         return Evaluator(
-            self.bench, self.found, self.costs, limits, dense_onnx=self.dense_onnx, plan_of=self.plan,
-            agent="someone", seed=7, **given,
-        )  # fmt: skip
+            self.bench, self.found, self.costs, limits, stopwatch, plan_of=self.plan, agent="someone", seed=7, **given
+        )
 
 
 @cache
