@@ -46,7 +46,7 @@ def room(session: Session, line: Line, others: Task) -> Line:
     plan = plan_of(line)
     problem = session.pose(line["agent"], 1, line["seed"])
     verification = Verification(session, problem, problem.evaluator, line["agent"])
-    predicted = verification.evaluator.predict(session.choices(plan))
+    predicted = verification.evaluator.blank(session.choices(plan)).predicted
     found = verification.attempt(Record(plan, predicted=predicted))
     assert found is not None, verification.failures
     first = verification.judged(found)

@@ -139,7 +139,7 @@ class Evaluator:
         plan = self.plan_of(choices)
         record = self.study.find(plan, self.agent, self.seed)
         if record is None or self._deserves_more(record):
-            record = self._judge(plan, choices)
+            record = self._judge(choices)
             self.study.add(record)
         record = replace(record, feasible=self._feasible(record), agent=self.agent, seed=self.seed)
         if record.feasible and record.accuracy is not None and not record.images:
@@ -157,7 +157,7 @@ class Evaluator:
         plan = self.plan_of(choices)
         record = self.study.find(plan, self.agent, self.seed)
         if record is None or (record.measured is None and record.error is None):
-            record = self._judge(plan, choices, always=True)
+            record = self._judge(choices, always=True)
             self.study.add(record)
         return record
 
@@ -172,11 +172,8 @@ class Evaluator:
         correct = round(record.accuracy * record.images)
         return not hopeless(correct, record.images, self.bench.task.images, self.bar.height)
 
-    def _judge(self, plan: Plan, choices: Choices, always: bool = False) -> Record:
-        start = time.perf_counter()
-        blank = Record(
-            plan, predicted=self.predict(choices), agent=self.agent, seed=self.seed, environment=environment()
-        )
+    def _judge(self, choices: Choices, always: bool = False) -> Record:
+        start, blank = time.perf_counter(), self.blank(choices)
         try:
             record = self._evaluate(blank, choices, always)
         except Exception as error:  # whatever a candidate does wrong, the search goes on
@@ -202,9 +199,13 @@ class Evaluator:
             record = replace(record, measured=self.stopwatch.share(exported))
         return record
 
-    def predict(self, choices: Choices) -> dict[str, float]:
-        """Predicted shares of the dense model."""
-        return {name: cost(choices) for name, cost in self.costs.items()}
+    def blank(self, choices: Choices) -> Record:
+        """What is known of a choice vector before it is judged: what it is predicted to cost, as shares of the dense
+        model.
+        """
+        predicted = {name: cost(choices) for name, cost in self.costs.items()}
+        plan = self.plan_of(choices)
+        return Record(plan, predicted=predicted, agent=self.agent, seed=self.seed, environment=environment())
 
     def _feasible(self, record: Record) -> bool:
         if record.error is not None or record.accuracy is None:

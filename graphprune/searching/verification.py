@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from graphprune import engines
+from graphprune.counting import count
 from graphprune.errors import StepError
 from graphprune.onnx_files.export import onnx_bytes
 from graphprune.record import Record, Share
@@ -102,8 +103,8 @@ class Verification:
             for times in TIGHTENED:
                 overrun = self.problem.overrun(choices) - times * nearest.excess / session.limits["latency"]
                 cheaper = tightened(self.problem, choices, overrun)
-                if cheaper is not None and (record := self.evaluator.probe(cheaper)).error is None:
-                    yield record
+                if cheaper is not None:
+                    yield self.evaluator.blank(cheaper)
         yield min(plans, key=lambda record: record.predicted["latency"])
 
     def loosened(self, found: Verified) -> Verified:
@@ -118,9 +119,7 @@ class Verification:
             limit = found.record.predicted["latency"] * (1 + share * room)
             roomy = replace(self.problem, limits={**self.problem.limits, "latency": limit})
             longer = loosened(roomy, self.session.choices(found.record.plan), 1.0)
-            if longer is None or (record := self.evaluator.probe(longer)).error is not None:
-                continue
-            other = self.attempt(record)
+            other = None if longer is None else self.attempt(self.evaluator.blank(longer))
             if other is not None and other.holds and self._nearer(other := self.judged(other), found):
                 found = other
         return found
@@ -169,7 +168,8 @@ class Verification:
         if measured is None:
             measured = self._measured(onnx_bytes(pruned, session.task.example_inputs))  # what will be delivered
             session.study.keep_verified(replace(record, measured=measured))
-        checked = replace(record, measured=measured)
+        counts = count(pruned, session.task.example_inputs)
+        checked = replace(record, measured=measured, flops=counts.flops, params=counts.params)
         excess = max(session.excess(checked).values())
         return Verified(excess, replace(checked, feasible=excess <= 0), pruned, bench.route)
 
