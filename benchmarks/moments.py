@@ -55,14 +55,13 @@ def line(kind: str, at: float, share: Share) -> dict[str, Any]:
 
 
 def told(lines: list[dict[str, Any]]) -> str:
-    """Mean, standard deviation and range of the shares of either kind, and of what came in quiet and other moments."""
+    """Mean, standard deviation and range of the shares of either kind, and of all in quiet and in other moments."""
     fastest = min(line["dense"] for line in lines)
-    plain = [line for line in lines if line["kind"] == "as it comes"]
     kinds = {
-        "as it comes": plain,
-        "... quiet moments": [line for line in plain if line["dense"] <= ALIKE * fastest],
-        "... all others": [line for line in plain if line["dense"] > ALIKE * fastest],
+        "as it comes": [line for line in lines if line["kind"] == "as it comes"],
         "stopwatch": [line for line in lines if line["kind"] == "stopwatch"],
+        "in quiet moments": [line for line in lines if line["dense"] <= ALIKE * fastest],
+        "in other moments": [line for line in lines if line["dense"] > ALIKE * fastest],
     }
     text = [f"dense model: {fastest * 1e3:.2f} ms at its fastest"]
     for name, own in kinds.items():
@@ -89,7 +88,8 @@ def main() -> None:
     runs = json.loads(file.read_text())["runs"] if file.exists() else []
     runs.append({"beside": options.beside, "model": MODEL, "lines": lines})
     file.write_text(json.dumps({"runs": runs, "environment": environment()}) + "\n")
-    print(told(lines))
+    for run in runs:
+        print(f"{run['model']}, beside {run['beside']}\n{told(run['lines'])}")
 
 
 if __name__ == "__main__":

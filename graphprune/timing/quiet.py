@@ -43,8 +43,8 @@ class Stopwatch:
         """The candidate's latency share at batch 1, in a process of its own if it is to be `fresh`.
 
         Where the moment is not quiet, the measurement is repeated after a pause, and the one with the fastest dense
-        model counts. If that does not help, the machine has become slower, and is not waited for again. Raises
-        StepError where the candidate cannot be run.
+        model counts. Where that does not help, less is expected of the machine from then on, which may have become
+        slower. Raises StepError where the candidate cannot be run.
         """
         start = time.perf_counter()
         found = self._once(candidate, rounds, fresh)
@@ -56,7 +56,7 @@ class Stopwatch:
             pause *= 2
             found = min(found, self._once(candidate, rounds, fresh), key=lambda share: median(share.dense))
         else:
-            self.fastest = median(found.dense)
+            self.fastest = min(median(found.dense), ALIKE * self.fastest)
         return found
 
     def _once(self, candidate: bytes, rounds: int, fresh: bool) -> Share:

@@ -17,8 +17,8 @@ def test_quiet_moments_are_told_from_others() -> None:
     assert text == [
         "dense model: 1.00 ms at its fastest",
         "as it comes 4 times 0.485, sd 0.044, 0.440 to 0.540",
-        "... quiet moments 2 times 0.450, sd 0.014, 0.440 to 0.460",
-        "... all others 2 times 0.520, sd 0.028, 0.500 to 0.540",
         "stopwatch 3 times 0.450, sd 0.000, 0.450 to 0.450",
+        "in quiet moments 5 times 0.450, sd 0.007, 0.440 to 0.460",
+        "in other moments 2 times 0.520, sd 0.028, 0.500 to 0.540",
         "a measurement by stopwatch took 0.4 s in the median, 6.0 s at most",
     ]
