@@ -9,9 +9,10 @@ from graphprune.engines.base import Model, Timing
 from graphprune.engines.fake import FakeEngine
 from graphprune.errors import StepError
 from graphprune.timing import quiet
-from graphprune.timing.quiet import ALIKE, RETRIES, Stopwatch
+from graphprune.timing.quiet import ALIKE, Stopwatch
 
 DENSE, PRUNED = b"dense", b"pruned"
+RETRIES = 4
 
 
 @dataclass
@@ -33,8 +34,9 @@ class Moments(FakeEngine):
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What was slept."""
+    """What was slept, where measurements are repeated."""
     slept: list[float] = []
+    monkeypatch.setattr(quiet, "RETRIES", RETRIES)
     monkeypatch.setattr(quiet.time, "sleep", slept.append)
     return slept
 
