@@ -164,12 +164,14 @@ class Verification:
         cuts = session.candidates.cuts(session.choices(record.plan))
         bench = session.finer.settled(cuts)
         pruned = bench.build(cuts)
-        measured = session.study.verified(record.plan)
-        if measured is None:
-            measured = self._measured(onnx_bytes(pruned, session.task.example_inputs))  # what will be delivered
-            session.study.keep_verified(replace(record, measured=measured))
         counts = count(pruned, session.task.example_inputs)
-        checked = replace(record, measured=measured, flops=counts.flops, params=counts.params)
+        checked = replace(
+            record, measured=session.study.verified(record.plan), flops=counts.flops, params=counts.params
+        )
+        if checked.measured is None:
+            exported = onnx_bytes(pruned, session.task.example_inputs)  # what will be delivered
+            checked = replace(checked, measured=self._measured(exported))
+            session.study.keep_verified(checked)
         excess = max(session.excess(checked).values())
         return Verified(excess, replace(checked, feasible=excess <= 0), pruned, bench.route)
 

@@ -70,9 +70,9 @@ def test_where_no_moment_is_quiet_the_quietest_counts(pauses: list[float]) -> No
 def test_less_is_expected_of_a_machine_that_was_waited_for_in_vain(pauses: list[float]) -> None:
     slow = (1.1, 0.6)
     watch = stopwatch(*[slow] * (RETRIES + 1), slow, slow, (1.0, 0.5))
-    for expected in (ALIKE, ALIKE, ALIKE):
+    for _ in range(3):
         assert watch.share(PRUNED).value == pytest.approx(0.6 / 1.1)
-        assert watch.fastest == expected
+        assert watch.fastest == ALIKE
         assert len(pauses) == RETRIES
     assert watch.share(PRUNED).value == 0.5
     assert watch.fastest == 1.0, "and fast again"
